@@ -1,0 +1,1 @@
+"""Scores of frozen or fine-tuned encoders, with controls."""

@@ -1,0 +1,1 @@
+"""Plain PyTorch models; nothing here imports anything distributed."""

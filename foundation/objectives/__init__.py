@@ -1,0 +1,1 @@
+"""Images to a loss: targets, masks and the objectives made of them."""

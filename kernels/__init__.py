@@ -1,0 +1,1 @@
+"""How fast: the two operators worth writing by hand."""

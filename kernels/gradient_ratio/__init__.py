@@ -1,0 +1,1 @@
+"""The multi-scale gradient-ratio target of SAR-JEPA."""

@@ -1,0 +1,1 @@
+"""Attention with a contextual relative-position bias."""

@@ -1,0 +1,1 @@
+"""Where it runs: cluster launchers. Single-node runs need only `foundation train` or `torchrun`."""

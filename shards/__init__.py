@@ -1,0 +1,1 @@
+"""What is read: formats, packing, order, streaming."""

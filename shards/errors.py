@@ -1,0 +1,20 @@
+"""Errors that say what happened, where, and what to do."""
+
+from __future__ import annotations
+
+
+class ExplainedError(Exception):
+    """Base of every error meant for a user: `what` happened, `where`, and what to `do`."""
+
+    def __init__(self, what: str, *, where: str = "", do: str = "") -> None:
+        self.what, self.where, self.do = what, where, do
+        lines = [what]
+        if where:
+            lines.append(f"  where: {where}")
+        if do:
+            lines.append(f"  do:    {do}")
+        super().__init__("\n".join(lines))
+
+
+class DataError(ExplainedError):
+    """An input file, shard, index or catalog cannot be used."""
