@@ -1,0 +1,288 @@
+"""The command line: parsing and printing only."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from shards.errors import ExplainedError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+shards_app = typer.Typer(no_args_is_help=True, help="Pack, inspect and make shards.")
+app.add_typer(shards_app, name="shards")
+# A pipe or a log file has no width of its own; 80 columns would break every table.
+console = Console(width=None if sys.stdout.isatty() else 140)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to keys, e.g. optim.lr=3e-4 train.samples=100000")]
+Device = Annotated[str, typer.Option(help="Device, e.g. cpu or cuda")]
+
+
+class Protocol(StrEnum):
+    """Evaluation protocols."""
+
+    knn = "knn"
+    linear = "linear"
+    fewshot = "fewshot"
+
+
+class Mode(StrEnum):
+    """What the few-shot protocol trains."""
+
+    linear = "linear"
+    finetune = "finetune"
+
+
+class OnError(StrEnum):
+    """What packing does about a file that cannot be used."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class Listed(StrEnum):
+    """What `foundation list` knows."""
+
+    models = "models"
+    objectives = "objectives"
+    engines = "engines"
+    attention = "attention"
+    sources = "sources"
+
+
+def main() -> None:
+    """Entry point: errors meant for people are printed without a traceback, exit status 2."""
+    try:
+        app()
+    except ExplainedError as error:
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file, e.g. configs/sar-jepa-tiny.yaml")],
+    overrides: Overrides = None,
+    fresh: Annotated[bool, typer.Option(help="Refuse to resume; error when the run folder holds checkpoints")] = False,
+) -> None:
+    """Pretrain. Resumes from the newest valid checkpoint of the run folder by itself."""
+    from foundation.config import load
+    from foundation.training.run import train as run_training
+
+    console.print(f"run {run_training(load(config, overrides or []), resume=not fresh)}")
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="Run folder or checkpoint folder")],
+    data: Annotated[Path, typer.Option(help="Catalog with a train and a test split")],
+    protocol: Annotated[Protocol, typer.Option(help="How the features are judged")] = Protocol.linear,
+    test: Annotated[Path | None, typer.Option(help="Catalog of the test split, when it is another one")] = None,
+    mode: Annotated[Mode, typer.Option(help="fewshot: frozen encoder or fine-tuning")] = Mode.linear,
+    shots: Annotated[str, typer.Option(help="fewshot: images per class")] = "10,20,40",
+    seeds: Annotated[int, typer.Option(help="fewshot: number of draws")] = 5,
+    crop: Annotated[int | None, typer.Option(help="Centre crop in pixels before resizing (published: 128)")] = None,
+    device: Device = "cpu",
+) -> None:
+    """Score an encoder, beside the untrained encoder and the background-only control."""
+    from foundation.evaluation.runs import evaluate_run
+    from foundation.evaluation.scores import to_table
+
+    scores = evaluate_run(
+        checkpoint,
+        data,
+        protocol.value,
+        test=test,
+        mode=mode.value,
+        shots=integers(shots, "--shots"),
+        seeds=range(seeds),
+        crop=crop,
+        device=device,
+    )
+    console.print(to_table(scores))
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run folder")],
+    data: Annotated[
+        Path | None, typer.Option(help="Catalog for the pictures; default: the one it was trained on")
+    ] = None,
+) -> None:
+    """Draw the report of a run again: one self-contained HTML page."""
+    from foundation.config import load
+    from foundation.evaluation.panels import write_run_report
+    from foundation.training.setup import open_data
+    from shards.catalog import load as load_catalog
+
+    catalog = load_catalog(data) if data else open_data(load(run / "config.yaml"))
+    console.print(f"report {write_run_report(run, catalog)}")
+
+
+@app.command("import")
+def import_checkpoint(
+    checkpoint: Annotated[Path, typer.Argument(help="Published SAR-JEPA checkpoint (.pth)")],
+    out: Annotated[Path, typer.Argument(help="Run folder to make")],
+) -> None:
+    """Turn a published SAR-JEPA checkpoint into one of this trainer."""
+    from foundation.interchange import import_published
+
+    console.print(f"checkpoint {import_published(checkpoint, out)}")
+
+
+@app.command()
+def parity(folder: Annotated[Path, typer.Argument(help="Folder with reference values (*.npz, *.json)")]) -> None:
+    """Compare this installation with reference values; exit code 1 when a tolerance is exceeded."""
+    from foundation.parity import compare
+
+    failed = False
+    for line in compare(folder):
+        failed |= line.status == "FAILED"
+        colour = {"ok": "green", "FAILED": "bold red"}.get(line.status, "yellow")
+        error = "-" if line.error is None else f"{line.error:.1e}"
+        tolerance = "-" if line.tolerance is None else f"{line.tolerance:.0e}"
+        note = f"  {line.note}" if line.note else ""
+        text = f"{line.file}: {line.item}  error {error}  tolerance {tolerance}{note}"
+        console.print(f"[{colour}]{line.status:<15}[/]{escape(text)}", highlight=False, soft_wrap=True)
+    raise typer.Exit(int(failed))
+
+
+@app.command()
+def demo(root: Annotated[Path, typer.Option(help="Folder for everything that is written")] = Path("runs")) -> None:
+    """Synthetic corpus, pretraining, probe and report on a laptop CPU."""
+    from foundation.demo import demo as run_demo
+
+    raise typer.Exit(0 if run_demo(root, console) else 1)
+
+
+@app.command()
+def bench(repeats: Annotated[int, typer.Option(help="Timed repetitions; the median is printed")] = 5) -> None:
+    """Time the gradient target and the training step against their definitions: ratios in one run."""
+    from foundation.bench import rows
+
+    table = Table("what", "ms / image", "times faster", "max error against float64")
+    for row in rows(repeats):
+        table.add_row(*row)
+    console.print(table)
+
+
+@app.command("list")
+def list_parts(what: Annotated[Listed, typer.Argument()]) -> None:
+    """What exists and, for what cannot run here, why."""
+    from foundation.listing import rows
+
+    header, found = rows(what.value)
+    table = Table(*header)
+    for row in found:
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+
+@shards_app.command()
+def pack(
+    out: Annotated[Path, typer.Argument(help="Catalog folder; sources already there under other names stay")],
+    path: Annotated[Path, typer.Argument(help="Folder or .tar of images; the parent folder of an image is its class")],
+    name: Annotated[str, typer.Option(help="Name of the source")],
+    split: Annotated[str, typer.Option(help="pretrain, train or test")] = "pretrain",
+    labels: Annotated[bool, typer.Option(help="Take folder names as classes")] = True,
+    include: Annotated[list[str] | None, typer.Option(help="Only files that match, e.g. '*/images/*'")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="No files that match")] = None,
+    tile: Annotated[int | None, typer.Option(help="Cut larger images into tiles of this side, pixels")] = None,
+    min_std: Annotated[float, typer.Option(help="Leave out tiles flatter than this (see shards.sources.folder)")] = 0.0,
+    min_side: Annotated[int, typer.Option(help="Leave out images with a shorter side, pixels")] = 0,
+    shard_mb: Annotated[int, typer.Option(help="Size of a shard, MB")] = 64,
+    on_error: Annotated[OnError, typer.Option(help="skip: list bad files in rejected.jsonl and go on")] = OnError.stop,
+) -> None:
+    """Pack a folder or tar of chips into WebDataset shards, with an index and a catalog."""
+    from shards.pack import SourceSpec
+    from shards.pack import pack as pack_sources
+
+    spec = SourceSpec(name, path, split, labels, tuple(include or ()), tuple(exclude or ()), tile, min_std, min_side)
+    with console.status(f"packing {name}") as status:
+        catalog = pack_sources(
+            out,
+            [spec],
+            shard_bytes=shard_mb << 20,
+            on_error=on_error.value,
+            progress=lambda source, count: status.update(f"packing {source}: {count:,}") if count % 100 == 0 else None,
+        )
+    print_summary(out)
+    console.print(f"catalog {catalog.root / 'catalog.json'}  fingerprint {catalog.fingerprint[:12]}")
+
+
+@shards_app.command()
+def inspect(
+    catalog: Annotated[Path, typer.Argument(help="Catalog folder or catalog.json")],
+    sheet: Annotated[Path | None, typer.Option(help="Where to write the contact sheet (PNG)")] = None,
+) -> None:
+    """Show what a catalog holds, with a contact sheet of its chips."""
+    from shards.catalog import load
+    from shards.inspect import contact_sheet
+
+    opened = load(catalog)
+    print_summary(catalog)
+    target = sheet or opened.root / "contact-sheet.png"
+    console.print(f"contact sheet {contact_sheet(opened, target)}")
+
+
+@shards_app.command()
+def verify(
+    catalog: Annotated[Path, typer.Argument(help="Catalog folder or catalog.json")],
+    rebuild: Annotated[bool, typer.Option(help="Write the sidecar indexes again from the shards")] = False,
+) -> None:
+    """Read every shard and compare its sha256 with the catalog."""
+    from shards.catalog import load
+    from shards.index import rebuild as rebuild_indexes
+
+    opened = load(catalog)
+    opened.verify()
+    if rebuild:
+        console.print(f"{rebuild_indexes(opened)} indexes written")
+    console.print(f"{opened.samples:,} samples as the catalog says")
+
+
+@shards_app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(help="Catalog folder")],
+    size: Annotated[int, typer.Option(help="Side of a chip, pixels")] = 96,
+    pretrain: Annotated[int, typer.Option(help="Unlabelled chips")] = 4000,
+    train_per_class: Annotated[int, typer.Option(help="Labelled training chips per class")] = 100,
+    test_per_class: Annotated[int, typer.Option(help="Labelled test chips per class")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed")] = 0,
+) -> None:
+    """Write the embedded synthetic corpus: speckle, clutter, and eight classes of scatterer constellations."""
+    from shards.synthetic import write
+
+    with console.status("writing"):
+        write(out, size, train_per_class, test_per_class, pretrain, seed)
+    print_summary(out)
+
+
+def print_summary(path: Path) -> None:
+    """The table of a catalog's sources."""
+    from shards.catalog import load
+    from shards.inspect import summary
+
+    found = summary(load(path))
+    table = Table(*found[0])
+    for row in found:
+        table.add_row(*(escape(str(value)) for value in row.values()))
+    console.print(table)
+
+
+def integers(text: str, option: str) -> tuple[int, ...]:
+    """`10,20,40` as numbers."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{text!r} is not a list of whole numbers such as 10,20,40", param_hint=option
+        ) from error

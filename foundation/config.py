@@ -1,0 +1,311 @@
+"""The typed, frozen configuration tree: YAML → dotted overrides → validation of everything at once → hash.
+
+Every key has a default, a unit and a range; the defaults are the published SAR-JEPA recipe. Samples are the clock:
+whatever counts time (warm-up, logging, checkpoints, the end) counts images seen, never steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+
+from foundation.config_text import (
+    Problem,
+    allowed,
+    field_problems,
+    known_paths,
+    read_tree,
+    summary,
+    without_errors,
+)
+
+Unit = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of all sections: strict types, no unknown keys, no changes after construction."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _from_yaml(cls, value: object, info: ValidationInfo) -> object:
+        """What YAML writes differently: lists for tuples, 1e6 for a whole number, an empty section."""
+        kind = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, list):
+            return tuple(value)
+        if isinstance(value, float) and value.is_integer() and kind in (int, int | None):
+            return int(value)
+        if value is None and isinstance(kind, type) and issubclass(kind, Section):
+            return {}
+        return value
+
+
+class DataConfig(Section):
+    """What is read, in which order, and how it is augmented."""
+
+    catalog: str | None = Field(default=None, description="path of catalog.json; null only for planning and tests")
+    splits: tuple[Literal["pretrain", "train"], ...] = Field(
+        default=("pretrain", "train"), min_length=1, description="splits of the catalog to learn from"
+    )
+    lanes: int = Field(default=60, ge=1, description="lanes of the order; the number of processes must divide it")
+    block_shards: int = Field(default=4, ge=1, description="shards that are shuffled together")
+    workers: int = Field(default=2, ge=0, description="loader processes per rank; 0 reads in the training process")
+    image_size: int = Field(default=224, ge=1, description="side of the training image, pixels")
+    crop_scale: tuple[Unit, Unit] = Field(default=(0.2, 1.0), description="area of the random crop, share of the image")
+    crop_ratio: tuple[Positive, Positive] = Field(
+        default=(0.75, 1.3333333333333333), description="aspect ratio of the random crop, width / height"
+    )
+    flip: float = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
+    contrast: float = Field(default=0.5, ge=0, le=1, description="contrast factor is drawn from 1 ± this")
+
+
+class DecoderConfig(Section):
+    """The decoder behind the encoder."""
+
+    width: int = Field(default=512, ge=1, description="features per token")
+    depth: int = Field(default=8, ge=0, description="blocks")
+    heads: int = Field(default=16, ge=1, description="attention heads; must divide the width")
+
+
+def model_sizes() -> tuple[str, ...]:
+    """Names of the size table, looked up only when asked for, so that this file imports no model."""
+    return tuple(importlib.import_module("foundation.models.families").FAMILY)
+
+
+class ModelConfig(Section):
+    """The encoder."""
+
+    size: str = Field(default="base", description="row of the size table (foundation/models/families.py)")
+    patch: int = Field(default=16, ge=1, description="side of a patch, pixels; must divide data.image_size")
+    channels: int = Field(default=1, ge=1, description="channels of the image")
+    attention: str = Field(default="auto", description="backend of the attention; auto: the fastest for the device")
+    decoder: DecoderConfig = Field(default=DecoderConfig(), description="decoder of masked tokens")
+
+    @field_validator("size")
+    @classmethod
+    def _known_size(cls, value: str) -> str:
+        if value not in model_sizes():
+            raise ValueError(f"one of {', '.join(model_sizes())}")
+        return value
+
+    @field_validator("attention")
+    @classmethod
+    def _known_backend(cls, value: str) -> str:
+        known = ("auto", *importlib.import_module("kernels.rpe_attention").BACKENDS)
+        if value not in known:
+            raise ValueError(f"one of {', '.join(known)}")
+        return value
+
+
+class ObjectiveConfig(Section):
+    """What is predicted from what."""
+
+    name: str = Field(default="sar-jepa", min_length=1, description="row of the objective registry")
+    mask_ratio: float = Field(default=0.8, gt=0, lt=1, description="share of a window's tokens that are masked")
+    windows: int = Field(default=4, ge=1, description="local windows per image, in distinct rows and columns")
+    window: int = Field(default=7, ge=1, le=1024, description="side of a window, tokens")
+    draw: Literal["per_image", "shared"] = Field(
+        default="per_image", description="windows per image, or one draw per batch"
+    )
+    radii: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(5, 9, 13, 17), min_length=1, description="radii of the gradient ratio, pixels"
+    )
+    offset: float = Field(
+        default=0.01, gt=0, description="added to the padded image before ratios; amplitude in [0, 1]"
+    )
+    centre: Literal["include", "exclude"] = Field(default="include", description="centre line of the half windows")
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(
+        default=1e-3, gt=0, description="peak learning rate at reference_batch; scales with the global batch"
+    )
+    reference_batch: int = Field(default=256, ge=1, description="batch for which lr is given, samples")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        default=(0.9, 0.95), description="AdamW decay of the two moments"
+    )
+    weight_decay: float = Field(default=0.05, ge=0, description="decoupled weight decay of matrices")
+    warmup_samples: int = Field(default=1_895_520, ge=0, description="linear warm-up, samples")
+    min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end of the cosine, on the scale of lr")
+    grad_clip: float | None = Field(default=None, gt=0, description="largest gradient norm; null does not clip")
+
+
+class TrainConfig(Section):
+    """How long, in what pieces, on what."""
+
+    samples: int = Field(default=28_432_800, ge=1, description="length of the run, samples")
+    global_batch: int = Field(
+        default=300, ge=1, description="samples per update over all processes; a multiple of data.lanes"
+    )
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="samples per forward pass and process; null: the largest"
+    )
+    engine: str = Field(
+        default="auto", min_length=1, description="single, ddp, ...; auto follows how the run was started"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="arithmetic of the model; targets are always fp32"
+    )
+    compile: bool = Field(default=False, description="torch.compile the model")
+    log_every: int = Field(default=30_000, ge=1, description="samples between two log lines")
+    checkpoint_every: int = Field(default=947_760, ge=1, description="samples between two checkpoints")
+    keep: int = Field(default=3, ge=1, description="newest checkpoints to keep")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads per process; null leaves torch's choice")
+
+
+class TrackingConfig(Section):
+    """Where the numbers of a run go, beside metrics.jsonl."""
+
+    mlflow: bool = Field(default=True, description="record the run in MLflow")
+    uri: str | None = Field(default=None, description="MLflow server or store; null: a sqlite file in the run root")
+    experiment: str = Field(default="foundation", min_length=1, description="MLflow experiment")
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = Field(default="sar-jepa", pattern=r"^\w[\w.+-]*$", description="name of the run, also of its folder")
+    seed: int = Field(default=0, ge=0, description="seed of everything random")
+    run_root: str = Field(default="runs", min_length=1, description="folder of run folders")
+    data: DataConfig = Field(default=DataConfig(), description="images")
+    model: ModelConfig = Field(default=ModelConfig(), description="network")
+    objective: ObjectiveConfig = Field(default=ObjectiveConfig(), description="task")
+    optim: OptimConfig = Field(default=OptimConfig(), description="optimiser")
+    train: TrainConfig = Field(default=TrainConfig(), description="run")
+    tracking: TrackingConfig = Field(default=TrackingConfig(), description="records")
+
+    @property
+    def run_folder(self) -> Path:
+        """`run_root/name`: everything this run writes."""
+        return Path(self.run_root) / self.name
+
+    @model_validator(mode="after")
+    def _fits_together(self, info: ValidationInfo) -> Config:
+        """Check keys against each other; the context, if any, is the list that collects the problems."""
+        problems = list(_conflicts(self))
+        if info.context is not None:
+            info.context.extend(problems)
+        elif problems:
+            raise summary(problems, "the configuration")
+        return self
+
+
+class Row(NamedTuple):
+    """One key, as documentation shows it."""
+
+    path: str
+    type: str
+    default: Any
+    description: str
+
+
+def _conflicts(c: Config) -> Iterator[Problem]:
+    """Every conflict between keys, with the dotted paths of all keys that take part."""
+
+    def conflict(value: object, text: str, path: str, *others: str) -> Problem:
+        return Problem(path, value, text, others=others)
+
+    d, m, o, t = c.data, c.model, c.objective, c.train
+    if t.global_batch % d.lanes:
+        text = f"a multiple of data.lanes = {d.lanes}"
+        yield conflict(t.global_batch, text, "train.global_batch", "data.lanes")
+    if t.micro_batch and t.global_batch % t.micro_batch:
+        text = f"a divisor of train.global_batch = {t.global_batch}"
+        yield conflict(t.micro_batch, text, "train.micro_batch", "train.global_batch")
+    if c.optim.warmup_samples > t.samples:
+        text = f"at most train.samples = {t.samples}"
+        yield conflict(c.optim.warmup_samples, text, "optim.warmup_samples", "train.samples")
+    if c.optim.min_lr > c.optim.lr:
+        yield conflict(c.optim.min_lr, f"at most optim.lr = {c.optim.lr}", "optim.min_lr", "optim.lr")
+    for key in ("crop_scale", "crop_ratio"):
+        low, high = getattr(d, key)
+        if not 0 < low <= high:
+            yield conflict([low, high], "[low, high] with 0 < low <= high", f"data.{key}")
+    if m.decoder.width % m.decoder.heads:
+        text = f"a multiple of model.decoder.heads = {m.decoder.heads}"
+        yield conflict(m.decoder.width, text, "model.decoder.width", "model.decoder.heads")
+    if max(o.radii) >= d.image_size:
+        text = f"radii below data.image_size = {d.image_size} (reflect padding)"
+        yield conflict(list(o.radii), text, "objective.radii", "data.image_size")
+    masked = int(o.window**2 * o.mask_ratio)
+    if not 0 < masked < o.window**2:
+        text = f"a share that masks at least one of {o.window**2} tokens and leaves one visible, not {masked}"
+        yield conflict(o.mask_ratio, text, "objective.mask_ratio", "objective.window")
+    sides = ("data.image_size", "model.patch")
+    if d.image_size % m.patch:
+        yield conflict(d.image_size, f"a multiple of model.patch = {m.patch}", *sides)
+    elif o.window > (grid := d.image_size // m.patch):
+        yield conflict(o.window, f"at most the token grid's side {grid}", "objective.window", *sides)
+    elif o.windows > (places := grid - o.window + 1):
+        text = f"at most {places}: a window of {o.window} has {places} distinct rows in a grid of {grid}"
+        yield conflict(o.windows, text, "objective.windows", "objective.window", *sides)
+
+
+def from_dict(tree: Mapping[str, Any], where: str = "the configuration", earlier: Sequence[Problem] = ()) -> Config:
+    """Validate a nested mapping; all errors, those found `earlier` included, come in one ConfigError."""
+    problems, conflicts = list(earlier), list[Problem]()
+    try:
+        config = Config.model_validate(tree, context=conflicts)
+    except ValidationError as error:
+        problems += field_problems(error, known_paths(Config))
+        # What remains is valid key by key, so the checks between keys can still run on it.
+        config = Config.model_validate(without_errors(tree, error), context=conflicts)
+    problems += [conflict for conflict in conflicts if not conflict.follows_from(problems)]
+    if problems:
+        raise summary(problems, where)
+    return config
+
+
+def load(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file (and its `base:` chain), apply `section.key=value` overrides, validate.
+
+    Raises ConfigError with every error of the files and the overrides.
+    """
+    tree, problems = read_tree(Path(path), overrides)
+    return from_dict(tree, str(path), problems)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict of JSON types, all keys present; `from_dict` gives the same configuration back."""
+    return config.model_dump(mode="json")
+
+
+def flatten(config: Config) -> dict[str, Any]:
+    """Dotted path → value, for tables and trackers."""
+
+    def walk(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in tree.items():
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+            else:
+                yield prefix + key, value
+
+    return dict(walk(to_dict(config), ""))
+
+
+def resolved_yaml(config: Config) -> str:
+    """The complete configuration as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, default_flow_style=None)
+
+
+def config_hash(config: Config) -> str:
+    """The first 12 hex digits of the sha256 of the canonical JSON."""
+    text = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def describe() -> list[Row]:
+    """One row per key in the order of the tree, sections left out."""
+    defaults, known = flatten(Config()), known_paths(Config)
+    return [Row(path, allowed(known[path]), value, known[path].description or "") for path, value in defaults.items()]

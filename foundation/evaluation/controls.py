@@ -1,0 +1,69 @@
+"""Controls: what a score is worth is what it adds to an untrained encoder and to a look at the background alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from foundation.evaluation.features import Listing
+
+CORNER = 40 / 128
+NUMBERS = (
+    "log mean", "log deviation", "log 10th percentile", "log median", "log 90th percentile", "coefficient of variation",
+    "lag-1 correlation along rows", "lag-1 correlation along columns", "lag-2 correlation along rows",
+    "lag-2 correlation along columns",
+)  # fmt: skip
+
+
+def _correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Correlation of two equal windows over their last two axes; 0 where one of them is constant."""
+    a, b = (t - t.mean((-2, -1), keepdim=True) for t in (a, b))
+    scale = (a.square().sum((-2, -1)) * b.square().sum((-2, -1))).sqrt()
+    return (a * b).sum((-2, -1)) / scale.clamp_min(1e-12)
+
+
+def background_features(images: Iterable[Tensor], corner: float = CORNER) -> Tensor:
+    """Ten texture numbers (`NUMBERS`) of each image's background: amplitudes [C, H, W] in [0, 1] → fp32 [N, 10].
+
+    Only the four corners are looked at, squares of `corner` times the shorter side (at least 4 pixels), so a target in
+    the middle is not seen; the numbers are averaged over corners and channels.
+    """
+    return torch.stack([_texture(image, corner) for image in images])
+
+
+def _texture(image: Tensor, corner: float) -> Tensor:
+    image = image.double()
+    side = min(max(4, round(corner * min(image.shape[-2:]))), *image.shape[-2:])
+    top, bottom = image[..., :side, :], image[..., -side:, :]
+    part = torch.stack([half[..., cut] for half in (top, bottom) for cut in (slice(None, side), slice(-side, None))])
+    log = (part + 1 / 255).log()
+    flat = log.flatten(-2)
+    levels = flat.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=flat.dtype), dim=-1)
+    varied = part.std((-2, -1)) / part.mean((-2, -1)).clamp_min(1e-6)
+    lags = [_correlation(log[..., :-n, :], log[..., n:, :]) for n in (1, 2)]
+    lags += [_correlation(log[..., :, :-n], log[..., :, n:]) for n in (1, 2)]
+    numbers = [flat.mean(-1), flat.std(-1), *levels, varied, lags[2], lags[0], lags[3], lags[1]]
+    return torch.stack([n.mean() for n in numbers]).float()
+
+
+def listing_background(samples: Listing, crop: int | None = None) -> Tensor:
+    """`background_features` of the samples at native resolution, after the centre crop the encoder gets: fp32 [N, 10].
+
+    The crop is skipped along an axis that is not longer than it.
+    """
+    return background_features(
+        centre(pixels.float() / scale, crop)
+        for part in samples.batches(64)
+        for pixels, scale in zip(part.pixels, part.scale, strict=True)
+    )
+
+
+def centre(image: Tensor, crop: int | None) -> Tensor:
+    """The centre `crop` × `crop` of an image [C, H, W], or less where it is smaller, clipped to [0, 1]."""
+    for axis in (-2, -1):
+        length = image.shape[axis]
+        if crop is not None and length > crop:
+            image = image.narrow(axis, (length - crop) // 2, crop)
+    return image.clamp(0, 1)

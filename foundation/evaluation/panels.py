@@ -1,0 +1,116 @@
+"""The pictures of a run that need its model: targets per scale, reconstructions, attention distance."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foundation.config import Config, from_dict, resolved_yaml
+from foundation.errors import DataError
+from foundation.evaluation import report
+from foundation.evaluation.attention import attention_distances
+from foundation.evaluation.scores import from_json
+from foundation.objectives.reconstruction import MaskedReconstruction
+from foundation.objectives.registry import build
+from foundation.objectives.targets import unpatchify
+from foundation.training import checkpoint
+from foundation.training.meters import environment
+from shards.augment import resize_center
+from shards.catalog import Catalog
+from shards.stream import Batch, Reader
+
+SCORES = "scores.json"
+
+
+def write_run_report(run: Path, catalog: Catalog) -> Path:
+    """Draw the figures of a run from its newest checkpoint and images of `catalog`, and write its `report.html`.
+
+    Raises CheckpointError without a checkpoint, DataError without metrics.
+    """
+    state = checkpoint.load(run)
+    config = from_dict(state["config"])
+    metrics = read_metrics(run)
+    scores_file = run / SCORES
+    scores = from_json(scores_file.read_text()) if scores_file.exists() else []
+    return report.write_report(
+        run,
+        metrics=[{**row, "samples": row["position"]} for row in metrics],
+        panels=model_panels(config, state["model"], catalog, run / "figures"),
+        scores=scores,
+        config_yaml=resolved_yaml(config),
+        environment=environment(),
+        title=f"{config.name}: {config.objective.name}, {config.model.size}/{config.model.patch}",
+    )
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The rows of `metrics.jsonl`; an imported model has none. Raises DataError for a line that is not JSON."""
+    path = run / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise DataError("a line of the metrics is not JSON", where=f"{path}:{number}", do="delete it") from error
+    return rows
+
+
+@torch.no_grad()
+def model_panels(
+    config: Config, weights: dict[str, Tensor], catalog: Catalog, folder: Path, count: int = 3
+) -> dict[str, bytes | Path]:
+    """Caption → PNG of `count` images of the catalog, and of the attention distance over 16."""
+    objective = build(config)
+    model = objective.build_model()
+    model.load_state_dict(weights)
+    model.eval()
+    images = pick_images(catalog, config.data.image_size, 16)
+    distances = attention_distances(model.encoder, images)
+    masks, targets, predictions = reconstruct(objective, model, images[:count])
+    radii = config.objective.radii
+    return {
+        "Target per scale": report.target_panels(images[:count], targets, radii, folder / "targets.png"),
+        "Reconstruction of masked patches": report.reconstruction_panels(
+            images[:count], masks, targets, predictions, folder / "reconstructions.png", radii
+        ),
+        "Attention distance": report.attention_figure(distances, folder / "attention-distance.png"),
+    }
+
+
+def pick_images(catalog: Catalog, size: int, count: int) -> Tensor:
+    """Images spread over the catalog, resized without randomness: fp32 [count, C, size, size]."""
+    reader = Reader(catalog)
+    ids = torch.linspace(0, len(reader) - 1, count).long()
+    samples = [reader[i] for i in ids.tolist()]
+    scale = torch.tensor([s.scale for s in samples], dtype=torch.float32)
+    batch = Batch([torch.from_numpy(s.pixels) for s in samples], scale, torch.full((count,), -1), ids, ids)
+    return resize_center(batch, size)
+
+
+def reconstruct(objective: MaskedReconstruction, model: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask state [n, gh, gw] (1 masked, 0 visible, NaN outside), targets and predictions [n, M, S, S] of `images`.
+
+    Where windows overlap, a patch shows the window that was drawn last; patches never masked have no prediction (NaN).
+    """
+    patch = objective.config.model.patch
+    grid = (images.shape[-2] // patch, images.shape[-1] // patch)
+    masks = objective.masks(torch.arange(len(images)), grid)
+    tokens = model(images, *masks)
+    size = tokens.shape[-1]
+    state = torch.full((len(images), grid[0] * grid[1]), float("nan"))
+    drawn = torch.full((len(images), grid[0] * grid[1], size), float("nan"))
+    for index in range(len(images)):
+        for window in range(masks.patch_ids.shape[1]):
+            ids = masks.patch_ids[index, window]
+            state[index, ids] = 0.0
+            drawn[index, ids] = float("nan")
+            hidden = ids[masks.masked[index, window]]
+            state[index, hidden] = 1.0
+            drawn[index, hidden] = tokens[index, window].float()
+    return state.view(-1, *grid), objective.target.maps(images), unpatchify(drawn, patch, grid)

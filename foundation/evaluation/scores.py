@@ -1,0 +1,128 @@
+"""Scores: a number never stands without its interval, its seeds and the size of its test set."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from shards.addressed import bits
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HEADER = ("encoder", "protocol", "metric", "score", "95 % interval", "seeds", "test images")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one encoder: `mean` with its 95 % interval [`low`, `high`], all in [0, 1].
+
+    `per_seed` holds the value of each of `seeds`. With one value the interval is a bootstrap over the `n_test` test
+    images, with several a t-interval over the seeds. `settings` records the protocol (and its draws, by sample key).
+    """
+
+    encoder: str
+    protocol: str
+    metric: str
+    mean: float
+    low: float
+    high: float
+    seeds: tuple[int, ...]
+    per_seed: tuple[float, ...]
+    n_test: int
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def cells(self) -> tuple[str, ...]:
+        """The row of the table, as `HEADER` names it."""
+        interval = f"{100 * self.low:.1f} – {100 * self.high:.1f}"
+        seeds = str(len(self.seeds)) if len(self.seeds) > 1 else "bootstrap"
+        number = f"{100 * self.mean:.1f} %"
+        return self.encoder, self.protocol, self.metric, number, interval, seeds, str(self.n_test)
+
+
+def accuracy(y: Tensor, predicted: Tensor) -> float:
+    """Share of right answers; int64 [N] each."""
+    return (y == predicted).double().mean().item()
+
+
+def balanced_accuracy(y: Tensor, predicted: Tensor) -> float:
+    """Mean over the classes that occur in `y` of the share of right answers; int64 [N] each."""
+    total = torch.bincount(y)
+    right = torch.bincount(y[y == predicted], minlength=len(total))
+    return (right[total > 0] / total[total > 0].double()).mean().item()
+
+
+METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {"accuracy": accuracy, "balanced accuracy": balanced_accuracy}
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean and the ends of its two-sided 95 % t-interval, cut to [0, 1]; the mean alone is its own interval."""
+    from scipy.stats import t  # type: ignore[import-untyped]  # comes with scikit-learn
+
+    n, mean = len(values), math.fsum(values) / len(values)
+    if n == 1:
+        return mean, mean, mean
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    half = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return mean, max(0.0, mean - half), min(1.0, mean + half)
+
+
+def bootstrap(y: Tensor, predicted: Tensor, metric: str, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
+    """Ends of the 95 % percentile interval of `metric` over resampled test sets; addressed by `seed`."""
+    values = []
+    for resample in range(resamples):
+        pick = bits(seed, "evaluation/bootstrap", torch.tensor([resample]), len(y))[0] % len(y)
+        values.append(METRICS[metric](y[pick], predicted[pick]))
+    low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return low.item(), high.item()
+
+
+def score(
+    encoder: str,
+    protocol: str,
+    metric: str,
+    y: Tensor,
+    predicted: Sequence[Tensor],
+    seeds: Sequence[int],
+    settings: dict[str, Any] | None = None,
+) -> Score:
+    """The score of the predictions (int64 [N] for each seed) against `y` int64 [N]."""
+    values = tuple(METRICS[metric](y, p) for p in predicted)
+    mean, low, high = t_interval(values)
+    if len(values) == 1:
+        low, high = bootstrap(y, predicted[0], metric, seeds[0])
+    return Score(encoder, protocol, metric, mean, low, high, tuple(seeds), values, len(y), settings or {})
+
+
+def to_json(scores: Sequence[Score]) -> str:
+    """All fields of the scores as a JSON array."""
+    return json.dumps([asdict(s) for s in scores], indent=1)
+
+
+def from_json(text: str) -> list[Score]:
+    """The scores that `to_json` wrote."""
+    rows = json.loads(text)
+    return [Score(**{**row, "seeds": tuple(row["seeds"]), "per_seed": tuple(row["per_seed"])}) for row in rows]
+
+
+def to_markdown(scores: Sequence[Score]) -> str:
+    """A markdown table with one row per score."""
+    rows = [HEADER, tuple("---" for _ in HEADER), *(tuple(c.replace("|", "\\|") for c in s.cells()) for s in scores)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def to_table(scores: Sequence[Score]) -> Table:
+    """A `rich` table; print it with a rich console."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*HEADER)
+    for one in scores:
+        table.add_row(*map(escape, one.cells()))
+    return table

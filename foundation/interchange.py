@@ -1,0 +1,138 @@
+"""Encoders in and out: checkpoints of this trainer and published SAR-JEPA checkpoints, by their tensors' names."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError  # what torch.load raises when weights_only refuses a file; nothing is unpickled here
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foundation.config import Config, from_dict, to_dict
+from foundation.errors import CheckpointError
+from foundation.models.families import FAMILY, Row
+from foundation.models.heads import MaskedWindowModel
+from foundation.models.vit import ViT
+from foundation.objectives.reconstruction import build_encoder
+from foundation.training import checkpoint
+
+# (pattern of a published name, ours). The published sin-cos table `pos_embed` is never added, so it is not kept.
+_PUBLISHED = (
+    (r"^encoder_pred\.", "decoder.embed."),
+    (r"^decoder_blocks\.", "decoder.blocks."),
+    (r"^decoder_norm\.", "decoder.norm."),
+    (r"^decoder_pred\.", "decoder.pred."),
+    (r"^(cls_token|patch_embed\.|blocks\.|norm\.)", r"encoder.\1"),
+    (r"\.attn\.rpe_k\.lookup_table_weight$", ".attn.rpe.table"),
+    (r"\.mlp\.(fc[12])\.", r".\1."),
+)
+UNUSED = frozenset({"pos_embed"})
+
+
+def rename(published: str) -> str:
+    """Our name of a published tensor."""
+    for pattern, ours in _PUBLISHED:
+        published = re.sub(pattern, ours, published)
+    return published
+
+
+def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A published state dict under our names, without the tensors that the published code never uses."""
+    return {rename(name): tensor for name, tensor in state.items() if name not in UNUSED}
+
+
+def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
+    return len({name.split(".")[prefix.count(".")] for name in state if name.startswith(prefix)})
+
+
+def _blocks(state: Mapping[str, Tensor], prefix: str, dim: int) -> tuple[int, int]:
+    """Depth and heads of a stack of blocks, the heads from the head size of its position table."""
+    return _depth(state, prefix), dim // state[f"{prefix}0.attn.rpe.table"].shape[1]
+
+
+def model_of(state: Mapping[str, Tensor], attention: str = "auto") -> MaskedWindowModel:
+    """An empty model with the widths, depths and heads that the tensors of `state` (our names) show."""
+    try:
+        dim, channels, patch, _ = state["encoder.patch_embed.proj.weight"].shape
+        depth, heads = _blocks(state, "encoder.blocks.", dim)
+        width, out = state["decoder.embed.weight"].shape[0], state["decoder.pred.weight"].shape[0]
+        decoder_depth, decoder_heads = _blocks(state, "decoder.blocks.", width)
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"this is not a SAR-JEPA model: {error} is missing or has another shape",
+            do="import checkpoints whose tensors carry the published SAR-JEPA names",
+        ) from error
+    encoder = ViT(dim, depth, heads, patch, channels, attention)
+    return MaskedWindowModel(encoder, width, decoder_depth, decoder_heads, out, attention)
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """The tensors of a published `.pth` under our names. Nothing in the file is executed."""
+    try:
+        # The published files carry their command line as an argparse.Namespace, which is plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        raise CheckpointError(f"cannot read this file as a checkpoint: {error}", where=str(path)) from error
+    except UnpicklingError as error:
+        raise CheckpointError(
+            "this file holds more than tensors and plain values, and is not loaded",
+            where=str(path),
+            do="save it again as {'model': state_dict}",
+        ) from error
+    state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError("no state dict found", where=str(path), do="expected {'model': {name: tensor}}")
+    return from_published(state)
+
+
+def import_published(path: Path, out: Path) -> Path:
+    """Turn a published SAR-JEPA `.pth` into a checkpoint that `evaluate` and `report` read. Returns its folder."""
+    state = read_published(path)
+    model = model_of(state)
+    checkpoint.check_model(state, model.state_dict(), where=str(path))
+    encoder = model.encoder
+    size = next((n for n, row in FAMILY.items() if row == Row(encoder.dim, encoder.depth, encoder.heads)), None)
+    if size is None:
+        raise CheckpointError(
+            f"no size of the family has width {encoder.dim}, {encoder.depth} blocks and {encoder.heads} heads",
+            where=str(path),
+            do="add a row to foundation/models/families.py",
+        )
+    decoder = model.decoder
+    config = from_dict(
+        {
+            "name": path.stem,
+            "model": {
+                "size": size,
+                "patch": encoder.patch,
+                "channels": encoder.channels,
+                "decoder": {"width": decoder.embed.out_features, "depth": len(decoder.blocks), "heads": decoder.heads},
+            },
+        }
+    )
+    payload = {"model": state, "position": 0, "config": to_dict(config), "imported_from": path.name}
+    return checkpoint.save(out / "checkpoints", payload, position=0)
+
+
+def load_encoder(path: Path | str, device: str = "cpu") -> tuple[ViT, Config]:
+    """The encoder of a run folder or checkpoint, with its configuration; evaluation mode."""
+    state = checkpoint.load(Path(path), map_location=device)
+    config = from_dict(state["config"])
+    encoder = build_encoder(config)
+    prefix = "encoder."
+    weights = {name.removeprefix(prefix): t for name, t in state["model"].items() if name.startswith(prefix)}
+    checkpoint.check_model(weights, encoder.state_dict(), where=str(path))
+    encoder.load_state_dict(weights)
+    return encoder.to(device).eval(), config
+
+
+def random_encoder(config: Config, seed: int, device: str = "cpu") -> ViT:
+    """The same network with fresh weights: the control of every score."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_encoder(config).to(device).eval()

@@ -1,0 +1,61 @@
+"""Heads that turn encoder tokens into predictions of a target."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from foundation.models.vit import Block, ViT, initialise
+
+
+class Decoder(nn.Module):
+    """Narrow transformer and a linear layer: [B, 1 + n, dim] → predictions [B, m, out] of the chosen tokens."""
+
+    def __init__(self, dim: int, width: int, depth: int, heads: int, out: int, attention: str = "auto") -> None:
+        super().__init__()
+        self.heads = heads
+        self.embed = nn.Linear(dim, width)
+        self.blocks = nn.ModuleList(Block(width, heads, attention) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pred = nn.Linear(width, out)
+        initialise(self)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int], wanted: Tensor | None = None) -> Tensor:
+        """`wanted` int64 [B, m] are the patch slots to predict (all of them when None); the class token has none."""
+        x = self.embed(tokens)
+        for block in self.blocks:
+            x = block(x, grid)
+        x = x[:, 1:]
+        if wanted is not None:
+            x = x.gather(1, wanted[:, :, None].expand(-1, -1, x.shape[-1]))
+        return self.pred(self.norm(x))
+
+
+class MaskedWindowModel(nn.Module):
+    """LoMaR's frame: mask tokens enter the encoder, every window is a small image of its own.
+
+    `forward(images [B, C, H, W], patch_ids [B, W, n], masked [B, W, m])` → [B, W, m, out]. `patch_ids` are the raster
+    ids of the patches of each square window, `masked` the slots among the n that are hidden; both int64.
+    """
+
+    def __init__(self, encoder: ViT, width: int, depth: int, heads: int, out: int, attention: str = "auto") -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.dim))
+        self.decoder = Decoder(encoder.dim, width, depth, heads, out, attention)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, images: Tensor, patch_ids: Tensor, masked: Tensor, predict_all: bool = False) -> Tensor:
+        """Predictions of the masked slots in the order of `masked`, or of all n slots with `predict_all`."""
+        batch, windows, n = patch_ids.shape
+        tokens = self.encoder.patch_embed(images)
+        tokens = tokens.gather(1, patch_ids.view(batch, -1, 1).expand(-1, -1, tokens.shape[-1]))
+        tokens = tokens.view(batch * windows, n, -1)
+        hidden = masked.view(batch * windows, -1)
+        mask = torch.zeros(batch * windows, n, 1, dtype=torch.bool, device=images.device)
+        mask = mask.scatter(1, hidden[:, :, None], True)
+        tokens = torch.where(mask, self.mask_token.to(tokens.dtype), tokens)
+        side = round(n**0.5)
+        encoded = self.encoder.encode(tokens, (side, side))
+        predicted = self.decoder(encoded, (side, side), None if predict_all else hidden)
+        return predicted.view(batch, windows, -1, predicted.shape[-1])

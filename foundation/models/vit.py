@@ -1,0 +1,103 @@
+"""The ViT encoder: full images of any size and local windows run through the same blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foundation.models.attention import Attention
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)) with GELU and ratio 4."""
+
+    def __init__(self, dim: int, heads: int, backend: str = "auto") -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads, backend)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[B, L, dim] → [B, L, dim]."""
+        x = x + self.attn(self.norm1(x), grid)
+        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens: [B, C, H, W] → [B, H/p · W/p, dim] in raster order."""
+
+    def __init__(self, patch: int, channels: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Tokens in the images' raster order."""
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+def initialise(module: nn.Module) -> None:
+    """Xavier-uniform weights, zero biases, unit norms: the published initialisation."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight.view(part.weight.shape[0], -1))
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+class ViT(nn.Module):
+    """Vision transformer with a class token and iRPE; no absolute positions.
+
+    Images are fp32 [B, C, H, W] in [0, 1] with sides divisible by `patch`.
+    """
+
+    def __init__(
+        self, dim: int, depth: int, heads: int, patch: int = 16, channels: int = 1, attention: str = "auto"
+    ) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"width {dim} is not divisible by {heads} heads")
+        self.dim, self.depth, self.heads, self.patch, self.channels = dim, depth, heads, patch, channels
+        self.patch_embed = PatchEmbed(patch, channels, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.blocks = nn.ModuleList(Block(dim, heads, attention) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        initialise(self)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def grid(self, images: Tensor) -> tuple[int, int]:
+        """Patches per column and row. Raises ValueError when a side is not divisible by the patch."""
+        height, width = images.shape[-2:]
+        if height % self.patch or width % self.patch:
+            raise ValueError(f"image of {height}x{width} px is not divisible into {self.patch}-px patches")
+        return height // self.patch, width // self.patch
+
+    def encode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patch tokens [B, h·w, dim] → [B, 1 + h·w, dim] after all blocks and the final norm, class token first."""
+        x = torch.cat([self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        for block in self.blocks:
+            x = block(x, grid)
+        return self.norm(x)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] → [B, 1 + N, dim], class token first."""
+        return self.encode(self.patch_embed(images), self.grid(images))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class-token features of full images: [B, C, H, W] → [B, dim]."""
+        return self.forward_features(images)[:, 0]
+
+    @torch.no_grad()
+    def attention_maps(self, images: Tensor) -> Iterator[Tensor]:
+        """Attention of each block in turn: [B, heads, 1 + N, 1 + N]."""
+        grid = self.grid(images)
+        tokens = self.patch_embed(images)
+        x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield block.attn.probabilities(block.norm1(x), grid)
+            x = block(x, grid)

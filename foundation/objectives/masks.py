@@ -1,0 +1,49 @@
+"""What is hidden. Masks are addressed: a pure function of (seed, position of the sample in the run)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from shards.addressed import permutation
+
+
+class Masks(NamedTuple):
+    """`patch_ids` int64 [B, W, n]: raster ids of each window; `masked` int64 [B, W, m]: hidden slots of the n."""
+
+    patch_ids: Tensor
+    masked: Tensor
+
+
+def window_patch_ids(tops: Tensor, lefts: Tensor, window: int, grid_width: int) -> Tensor:
+    """Raster ids of square windows in raster order: tops, lefts [B, W] → [B, W, window²]."""
+    steps = torch.arange(window, device=tops.device)
+    rows, cols = tops[..., None] + steps, lefts[..., None] + steps
+    return (rows[..., :, None] * grid_width + cols[..., None, :]).flatten(-2)
+
+
+def local_windows(
+    seed: int,
+    positions: Tensor,
+    grid: tuple[int, int],
+    window: int,
+    count: int,
+    mask_ratio: float,
+    shared_by: int | None = None,
+) -> Masks:
+    """`count` windows per image with distinct rows and distinct columns, and a mask of its own in each window.
+
+    positions int64 [B]. `shared_by=global_batch` gives all images of one global batch the same windows, as published
+    (each image sees all of them; the published pairing slip is not repeated).
+    """
+    batch = positions.shape[0]
+    where = positions if shared_by is None else positions // shared_by
+    tops = permutation(seed, "window-top", where, grid[0] - window + 1)[:, :count]
+    lefts = permutation(seed, "window-left", where, grid[1] - window + 1)[:, :count]
+    tokens = window * window
+    each = (positions[:, None] * count + torch.arange(count, device=positions.device)).flatten()
+    order = permutation(seed, "mask", each, tokens).view(batch, count, tokens)
+    masked = order[..., : int(tokens * mask_ratio)].sort(-1).values
+    return Masks(window_patch_ids(tops, lefts, window, grid[1]), masked)

@@ -1,0 +1,202 @@
+"""Compare this installation with reference values of the published implementation, item by item."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from foundation.errors import DataError
+from foundation.evaluation.attention import attention_distances
+from foundation.interchange import UNUSED, from_published, model_of, rename
+from foundation.models.heads import MaskedWindowModel
+from foundation.objectives.masks import Masks
+from foundation.objectives.reconstruction import gather_masked
+from foundation.objectives.targets import GradientRatio, patchify
+from foundation.training.optim import learning_rate
+from kernels.gradient_ratio import gradient_ratio
+from kernels.rpe_attention import BACKENDS
+from kernels.rpe_attention.buckets import num_buckets, product_buckets
+
+RADII = (5, 9, 13, 17)
+NOT_COVERED = {
+    "structural_targets_v2.npz": "SARATR-X-v2 target",
+    "target_variants.npz": "Gaussian and SAR-HOG targets",
+    "hog_targets.npz": "HOG target",
+    "mae_pretrain_step.npz": "MAE",
+    "lomar_pretrain_step.npz": "LoMaR",
+    "ijepa_pretrain_step.npz": "I-JEPA",
+}
+
+
+class Line(NamedTuple):
+    """One comparison: the largest error, its tolerance, and a note (why it could not be made, or what it covers)."""
+
+    file: str
+    item: str
+    error: float | None
+    tolerance: float | None
+    note: str = ""
+
+    @property
+    def status(self) -> str:
+        """ok, FAILED, or `not covered yet` for values of another objective."""
+        if self.tolerance is None:
+            return "not covered yet"
+        return "ok" if self.error is not None and self.error <= self.tolerance else "FAILED"
+
+
+Arrays = dict[str, np.ndarray]
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _images(arrays: Arrays) -> Tensor:
+    return _tensor(arrays["images"]).float() / 255
+
+
+def _gap(ours: Tensor, theirs: np.ndarray) -> float:
+    """Largest absolute difference; infinite when shapes differ or a value is not finite."""
+    reference = _tensor(theirs).double()
+    if ours.shape != reference.shape or not bool(torch.isfinite(ours).all()):
+        return float("inf")
+    return float((ours.double() - reference).abs().max())
+
+
+def _targets(arrays: Arrays, _: Path) -> Iterator[tuple[str, float, float, str]]:
+    for dtype, images in (("uint8", _tensor(arrays["images"])), ("float32", _images(arrays))):
+        for backend in ("integral", "reference"):
+            ours = gradient_ratio(images, RADII, backend=backend)
+            yield f"gradient ratio, radii 5 9 13 17, {backend}, {dtype}", _gap(ours, arrays["targets"]), 3e-5, ""
+
+
+def _buckets(arrays: Arrays, _: Path) -> Iterator[tuple[str, float, float, str]]:
+    for name in sorted(arrays):
+        if match := re.fullmatch(r"product_(\d+)x(\d+)", name):
+            grid = int(match[1]), int(match[2])
+            yield f"iRPE buckets {grid[0]}x{grid[1]}", _gap(product_buckets(grid), arrays[name]), 0.0, "exact"
+    yield "number of buckets", abs(num_buckets() - int(arrays["num_buckets"])), 0.0, "exact"
+
+
+def _loaded_model(arrays: Arrays, backend: str) -> MaskedWindowModel:
+    """The model that the file's tensors describe; every tensor must find its place."""
+    prefix = "state/"
+    state = from_published({n.removeprefix(prefix): _tensor(a) for n, a in arrays.items() if n.startswith(prefix)})
+    model = model_of(state, backend)
+    config = json.loads(str(arrays["config"]))
+    found = (model.encoder.heads, model.decoder.heads)
+    if found != (config["heads"], config["dheads"]):
+        raise DataError(f"tables say {found} heads, the file's configuration {config['heads']}, {config['dheads']}")
+    model.load_state_dict(state)
+    return model
+
+
+def _step(arrays: Arrays, _: Path) -> Iterator[tuple[str, float, float, str]]:
+    images = _images(arrays)
+    n = images.shape[0]
+    # Row r of the file belongs to image r mod N: window-major. Ours is [image, window, ...].
+    ids = _tensor(arrays["patch_ids"].astype(np.int64)).unflatten(0, (-1, n)).transpose(0, 1).contiguous()
+    mask = _tensor(arrays["mask"]).unflatten(0, (-1, n)).transpose(0, 1)
+    hidden = mask.nonzero()[:, 2].view(*mask.shape[:2], -1)
+    pred = _tensor(arrays["pred"]).unflatten(0, (-1, n)).transpose(0, 1)
+    for backend in BACKENDS:
+        model = _loaded_model(arrays, backend)
+        everything = model(images, ids, hidden, predict_all=True)
+        yield f"prediction, {backend}", _gap(everything, pred.numpy()), 1e-4, ""
+        tokens = patchify(GradientRatio(RADII, 0.01, "include").maps(images), model.encoder.patch)
+        loss = F.mse_loss(model(images, ids, hidden), gather_masked(tokens, Masks(ids, hidden)))
+        published = float(arrays["loss"])
+        yield f"loss, {backend}", abs(loss.item() - published) / published, 1e-5, "relative"
+        loss.backward()
+        norms = {rename(name): value for name, value in json.loads(str(arrays["grad_norms"])).items()}
+        ours = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+        if set(norms) != set(ours):
+            yield f"gradient norms, {backend}", float("inf"), 1e-3, f"names differ: {sorted(set(norms) ^ set(ours))}"
+            continue
+        worst = max(norms, key=lambda name: abs(ours[name] - norms[name]) / max(norms[name], 1e-12))
+        error = abs(ours[worst] - norms[worst]) / max(norms[worst], 1e-12)
+        yield f"gradient norms ({len(norms)}), {backend}", error, 1e-3, f"relative; worst {worst}"
+
+
+@torch.no_grad()
+def _classifier(arrays: Arrays, folder: Path) -> Iterator[tuple[str, float, float, str]]:
+    step = _read(folder / "sarjepa_pretrain_step.npz")
+    images = _images(step)
+    for backend in BACKENDS:
+        encoder = _loaded_model(step, backend).encoder.eval()
+        features = encoder(images)
+        yield f"class-token features, {backend}", _gap(features, arrays["cls_features"]), 1e-4, ""
+        logits = F.linear(features, _tensor(arrays["head_weight"]), _tensor(arrays["head_bias"]))
+        yield f"classifier logits, {backend}", _gap(logits, arrays["logits"]), 1e-4, ""
+    distances = attention_distances(encoder, images)
+    yield "attention distance (px)", _gap(distances, arrays["mean_attention_distance"]), 1e-2, "all blocks and heads"
+
+
+def _schedule(values: dict, _: Path) -> Iterator[tuple[str, float, float, str]]:
+    peak = values["base_lr"] * values["batch"] / 256
+    per_epoch = 100_000  # any number of samples per epoch gives the same curve
+    warmup, total = values["warmup_epochs"] * per_epoch, values["epochs"] * per_epoch
+    ours = [learning_rate(epoch * per_epoch, total, warmup, peak) for epoch in values["epoch"]]
+    error = max(abs(a - b) for a, b in zip(ours, values["lr"], strict=True)) / peak
+    yield f"learning rate at {len(ours)} epochs", error, 1e-6, "relative to the peak"
+
+
+def _shapes(values: dict, _: Path) -> Iterator[tuple[str, float, float, str]]:
+    published = {name: torch.empty(shape, device="meta") for name, shape in values.items()}
+    with torch.device("meta"):
+        theirs = from_published(published)
+        ours = model_of(theirs).state_dict()
+    wrong = [n for n in sorted(set(ours) | set(theirs)) if n not in ours or n not in theirs]
+    wrong += [n for n in ours if n in theirs and ours[n].shape != theirs[n].shape]
+    note = f"unused upstream, not kept: {', '.join(sorted(UNUSED & set(values)))}" if not wrong else f"wrong: {wrong}"
+    yield f"state dict, {len(theirs)} tensors", float(len(wrong)), 0.0, note
+
+
+Check = Callable[..., Iterator[tuple[str, float, float, str]]]
+CHECKS: dict[str, Check] = {
+    "gradient_targets.npz": _targets,
+    "rpe_buckets.npz": _buckets,
+    "sarjepa_pretrain_step.npz": _step,
+    "classifier.npz": _classifier,
+    "lr_schedule.json": _schedule,
+    "vit_base_state_shapes.json": _shapes,
+}
+
+
+def _read(path: Path) -> dict:
+    if not path.is_file():
+        raise DataError(f"{path.name} is missing", where=str(path.parent))
+    try:
+        if path.suffix == ".json":
+            return json.loads(path.read_text())
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file.items())
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path.name} cannot be read: {error}", where=str(path)) from error
+
+
+def compare(folder: Path) -> Iterator[Line]:
+    """Every comparison the files of `folder` allow. A file that cannot be compared is a FAILED line, never silence.
+
+    Raises DataError when the folder holds no reference values at all.
+    """
+    present = sorted(p.name for p in folder.glob("*") if p.suffix in {".npz", ".json"}) if folder.is_dir() else []
+    if not present:
+        raise DataError("no reference values here", where=str(folder), do="name a folder with *.npz and *.json")
+    for name in [n for n in CHECKS if n in present]:
+        try:
+            for item, error, tolerance, note in CHECKS[name](_read(folder / name), folder):
+                yield Line(name, item, error, tolerance, note)
+        except (DataError, KeyError, ValueError, RuntimeError) as error:
+            yield Line(name, "cannot be compared", None, 0.0, f"{type(error).__name__}: {error}")
+    for name in [n for n in present if n not in CHECKS]:
+        yield Line(name, NOT_COVERED.get(name, "unknown file"), None, None)

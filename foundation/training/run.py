@@ -1,0 +1,144 @@
+"""The whole run on one screen: build, restore, loop, log, save."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from foundation.config import Config
+from foundation.evaluation.panels import write_run_report
+from foundation.training import engine as engines
+from foundation.training.meters import Throughput
+from foundation.training.setup import (
+    build_learner,
+    describe,
+    last_position,
+    micro_batch,
+    open_data,
+    refuse_overwrite,
+    restore,
+    save,
+    write_config,
+)
+from foundation.training.step import Learner, train_step
+from foundation.training.tracking import Status, Tracker, open_tracker
+from shards.addressed import bits
+from shards.catalog import Catalog
+from shards.stream import Batch, Stream
+
+
+def train(config: Config, resume: bool = True) -> Path:
+    """Train to `train.samples` and return the run folder; continues from the newest valid checkpoint if `resume`.
+
+    Raises ConfigError, DataError, CheckpointError, LaunchError or NumericsError, each with what to do.
+    """
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    engine = engines.start(config.train.engine)
+    try:
+        return _train(config, engine, resume)
+    finally:
+        engine.close()
+
+
+def _train(config: Config, engine: engines.Engine, resume: bool) -> Path:
+    catalog = open_data(config)
+    learner = build_learner(config, engine)
+    folder = config.run_folder
+    state, notes = restore(learner, catalog, folder) if resume else (None, refuse_overwrite(folder))
+    position = state["position"] if state else 0
+    train = config.train
+    if engine.rank == 0:
+        write_config(config)
+    stream = Stream(
+        catalog,
+        seed=config.seed,
+        lanes=config.data.lanes,
+        block_shards=config.data.block_shards,
+        global_batch=train.global_batch,
+        micro_batch=micro_batch(config, engine.world_size),
+        rank=engine.rank,
+        world_size=engine.world_size,
+        workers=config.data.workers,
+        start=position,
+        stop=last_position(config),
+    )
+    tracker = open_tracker(config, rank=engine.rank, position=position, run_id=state["run_id"] if state else None)
+    status: Status = "FAILED"
+    try:
+        for line in [*notes, *describe(learner, catalog)]:
+            tracker.note(line)
+        loop(learner, catalog, stream, tracker, position)
+        if engine.rank == 0:
+            publish(folder, catalog, tracker)
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.close(status)
+    return folder
+
+
+def publish(folder: Path, catalog: Catalog, tracker: Tracker) -> None:
+    """Write the report of the run and hand it, with its figures, to the tracker."""
+    page = write_run_report(folder, catalog)
+    tracker.artifact(page)
+    for figure in sorted((folder / "figures").glob("*.png")):
+        tracker.artifact(figure, "figures")
+    tracker.note(f"report: {page}")
+
+
+def loop(learner: Learner, catalog: Catalog, stream: Stream, tracker: Tracker, position: int) -> None:
+    """Consume the stream; the position advances after each update, and with it everything that is due."""
+    config, engine = learner.config, learner.engine
+    train, end = config.train, last_position(config)
+    meter = Throughput()
+    seen = 0  # order-free hash of the sample ids since the last line: equal for every world size
+    steps = whole_steps(stream, train.global_batch // engine.world_size)
+    while position < end:
+        with meter.waiting():
+            batches = next(steps)
+        values = train_step(learner, batches, position)
+        seen += sum(sample_hash(batch) for batch in batches)
+        position += train.global_batch
+        meter.update(train.global_batch)
+        finished = position >= end
+        if finished or crossed(position, train.log_every, train.global_batch):
+            tracker.log(position, reduce_metrics(learner, values, position, seen) | meter.read())
+            seen = 0
+        if finished or crossed(position, train.checkpoint_every, train.global_batch):
+            save(learner, catalog, tracker.run_id, position)
+
+
+def crossed(position: int, every: int, stride: int) -> bool:
+    """Whether a multiple of `every` lies in (position - stride, position]."""
+    return position // every > (position - stride) // every
+
+
+def whole_steps(stream: Stream, share: int) -> Iterator[list[Batch]]:
+    """The micro-batches of one update at a time: `share` samples of this rank."""
+    batches: list[Batch] = []
+    for batch in stream:
+        batches.append(batch)
+        if sum(map(len, batches)) == share:
+            yield batches
+            batches = []
+
+
+def sample_hash(batch: Batch) -> int:
+    """A number that two runs share only if they put the same samples at the same positions."""
+    return int(bits(0, "trace", batch.position * (1 << 31) + batch.sample_id, 1).sum()) & ((1 << 62) - 1)
+
+
+def reduce_metrics(learner: Learner, values: dict[str, Tensor], position: int, seen: int) -> dict[str, Any]:
+    """This update's scalars, averaged over all ranks, as Python numbers."""
+    names = sorted(values)
+    means = learner.engine.mean(torch.stack([values[name].double() for name in names])).tolist()
+    trace = learner.engine.sum_int(seen)
+    lr = learner.lr(position - learner.config.train.global_batch)
+    return {**dict(zip(names, means, strict=True)), "lr": lr, "samples_hash": trace & ((1 << 48) - 1)}

@@ -1,0 +1,175 @@
+"""What a run is made of before its first update: data, learner, and the checkpoint it continues from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from foundation.config import Config, config_hash, resolved_yaml, to_dict
+from foundation.errors import CheckpointError, ConfigError
+from foundation.objectives.registry import build
+from foundation.training import checkpoint
+from foundation.training import engine as engines
+from foundation.training.optim import build_optimizer, rule_table
+from foundation.training.step import Learner
+from shards.augment import Augment
+from shards.catalog import Catalog
+from shards.catalog import load as load_catalog
+
+
+def open_data(config: Config) -> Catalog:
+    """The catalog's training splits. Raises ConfigError when none is named, DataError when it cannot be used."""
+    if config.data.catalog is None:
+        raise ConfigError(
+            "no data: data.catalog is not set",
+            where="data.catalog",
+            do="data.catalog=PATH; make one with `foundation shards pack` or `foundation shards synth`",
+        )
+    return load_catalog(Path(config.data.catalog)).select(config.data.splits)
+
+
+def build_learner(config: Config, engine: engines.Engine) -> Learner:
+    """Objective, model (same weights on every rank), optimiser and augmentation."""
+    objective = build(config)
+    torch.manual_seed(config.seed)
+    model = objective.build_model().to(engine.device)
+    # The optimiser sees the plain model, so that its parameter order never depends on the engine.
+    optimizer = build_optimizer(model, config.optim)
+    wrapped = engine.wrap(torch.compile(model) if config.train.compile else model)  # type: ignore[arg-type]
+    d = config.data
+    return Learner(
+        config,
+        engine,
+        objective,
+        wrapped,
+        optimizer,
+        Augment(d.image_size, d.crop_scale, d.crop_ratio, d.flip, d.contrast),
+    )
+
+
+def micro_batch(config: Config, world_size: int) -> int:
+    """Samples per forward pass and process; the largest by default. Raises ConfigError when nothing divides."""
+    share, rest = divmod(config.train.global_batch, world_size)
+    size = config.train.micro_batch or share
+    if rest or share % size:
+        raise ConfigError(
+            f"train.global_batch={config.train.global_batch} is not a whole number of micro-batches of {size} on "
+            f"{world_size} processes",
+            where="train.micro_batch",
+            do=f"choose a divisor of {share if not rest else 'a global batch that the processes divide'}",
+        )
+    return size
+
+
+def last_position(config: Config) -> int:
+    """`train.samples` rounded up to whole global batches."""
+    return -(-config.train.samples // config.train.global_batch) * config.train.global_batch
+
+
+def describe(learner: Learner, catalog: Catalog) -> list[str]:
+    """What a reader of the log wants to know before the first number."""
+    config, engine = learner.config, learner.engine
+    count = sum(p.numel() for p in learner.model.parameters())
+    micro = micro_batch(config, engine.world_size)
+    accumulated = config.train.global_batch // engine.world_size // micro
+    lines = [
+        f"data: {catalog.samples:,} samples in {len(catalog.sources)} sources, fingerprint {catalog.fingerprint[:12]}, "
+        f"{last_position(config) / catalog.samples:.1f} passes",
+        f"model: {config.objective.name}, {config.model.size}/{config.model.patch}, {count:,} parameters, "
+        f"attention {config.model.attention}, {config.train.precision}",
+        f"engine: {engine.name}, {engine.world_size} process(es) on {engine.device.type}, global batch "
+        f"{config.train.global_batch} = {engine.world_size} x {micro} x {accumulated} accumulated",
+        f"config: {config_hash(config)}",
+    ]
+    rows = rule_table(engines.unwrap(learner.model), config.optim)
+    return lines + [f"optimiser group: {name}: {n} tensors, {p} parameters, decay {wd}" for name, n, p, wd in rows]
+
+
+def save(learner: Learner, catalog: Catalog, run_id: str | None, position: int) -> None:
+    """A checkpoint of everything a resume needs: tensors, one integer and what that integer refers to."""
+    config, engine = learner.config, learner.engine
+    failure: CheckpointError | None = None
+    if engine.rank == 0:
+        state = {
+            "model": engines.unwrap(learner.model).state_dict(),
+            "optimizer": learner.optimizer.state_dict(),
+            "position": position,
+            "fingerprint": catalog.fingerprint,
+            "config": to_dict(config),
+            "run_id": run_id,
+        }
+        try:
+            checkpoint.save(config.run_folder / "checkpoints", state, position, keep=config.train.keep)
+        except CheckpointError as error:
+            failure = error
+    # Every rank learns of a failed save here; without it the others would wait for rank 0 at the next update.
+    failures = engine.sum_int(int(failure is not None))
+    if failure is not None:
+        raise failure
+    if failures:
+        raise CheckpointError("rank 0 could not save the checkpoint", where=f"rank {engine.rank}", do="see its message")
+
+
+def restore(learner: Learner, catalog: Catalog, folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """Load the newest valid checkpoint of this run, if any, and say what was skipped on the way.
+
+    Raises CheckpointError when data, seed, order or schedule differ from those of the checkpoint: a resume that
+    silently sees other samples is not one.
+    """
+    path, skipped = checkpoint.latest(folder / "checkpoints")
+    notes = [f"skipped checkpoint {reason}" for reason in skipped]
+    if path is None:
+        return None, notes
+    state = checkpoint.load(path, map_location="cpu")
+    config = learner.config
+    then, now = state["config"], to_dict(config)
+    fixed = [("seed",), ("data", "lanes"), ("data", "block_shards"), ("train", "global_batch"), ("train", "samples")]
+    fixed += [("objective", key) for key in now["objective"]]
+    differing = [".".join(keys) for keys in fixed if dig(then, keys) != dig(now, keys)]
+    if state["fingerprint"] != catalog.fingerprint:
+        differing.append("data.catalog (fingerprint)")
+    if differing:
+        raise CheckpointError(
+            f"this run was started with other values of: {', '.join(differing)}",
+            where=str(path),
+            do="resume with the values in its config.yaml, or start a new run with another `name`",
+        )
+    plain = engines.unwrap(learner.model)
+    checkpoint.check_model(state["model"], plain.state_dict(), where=str(path))
+    plain.load_state_dict(state["model"])
+    learner.optimizer.load_state_dict(state["optimizer"])
+    return state, [*notes, f"resumed from {path.name}"]
+
+
+def dig(tree: Any, keys: tuple[str, ...]) -> Any:
+    """The value at a path of a nested dictionary."""
+    for key in keys:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def refuse_overwrite(folder: Path) -> list[str]:
+    """Nothing is lost: a fresh start in a folder that holds checkpoints is an error."""
+    path, _ = checkpoint.latest(folder / "checkpoints")
+    if path is not None:
+        raise CheckpointError(
+            f"the run folder already holds {path.name}",
+            where=str(folder),
+            do="resume it (drop --fresh), choose another `name`, or move the folder away",
+        )
+    return []
+
+
+def write_config(config: Config) -> None:
+    """Save the resolved configuration with the run. Raises ConfigError when the run folder cannot be written."""
+    try:
+        config.run_folder.mkdir(parents=True, exist_ok=True)
+        (config.run_folder / "config.yaml").write_text(resolved_yaml(config))
+    except OSError as error:
+        raise ConfigError(
+            f"the run folder cannot be written: {error.strerror}",
+            where=str(config.run_folder),
+            do="change run_root or name, or correct the permissions",
+        ) from error

@@ -1,0 +1,76 @@
+"""One update: micro-batches → clip → finite check → AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from foundation.config import Config
+from foundation.errors import NumericsError
+from foundation.objectives.registry import Objective
+from foundation.training.engine import Engine
+from foundation.training.optim import learning_rate, peak_lr
+from shards.augment import Augment
+from shards.stream import Batch
+
+
+class Learner(NamedTuple):
+    """What an update needs, built once per run."""
+
+    config: Config
+    engine: Engine
+    objective: Objective
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    augment: Augment
+
+    def lr(self, position: int) -> float:
+        """The learning rate after `position` samples."""
+        optim, train = self.config.optim, self.config.train
+        scale = train.global_batch / optim.reference_batch
+        peak = peak_lr(optim, train.global_batch)
+        return learning_rate(position, train.samples, optim.warmup_samples, peak, optim.min_lr * scale)
+
+
+def train_step(learner: Learner, batches: Sequence[Batch], position: int) -> dict[str, Tensor]:
+    """Update the model with one global batch, given as this rank's micro-batches of equal size.
+
+    Returns detached scalars on the device, means over this rank's micro-batches, and the gradient norm of the global
+    batch. Raises NumericsError before the update when the gradient norm is not finite (on a GPU the check is
+    asynchronous: the device stops at that kernel).
+    """
+    config, engine, objective, model, optimizer, augment = learner
+    totals: dict[str, Tensor] = {}
+    for index, cpu_batch in enumerate(batches):
+        batch = cpu_batch.to(engine.device)
+        images = augment(batch, config.seed)
+        inputs = objective.prepare(images, batch.position)
+        with engine.accumulate(model, last=index == len(batches) - 1):
+            with torch.autocast(engine.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+                prediction = model(*inputs.model_args)
+            loss, parts = objective.loss(prediction, inputs)
+            (loss / len(batches)).backward()
+        for name, value in {"loss": loss.detach(), **parts}.items():
+            totals[name] = totals.get(name, 0.0) + value / len(batches)
+    limit = config.optim.grad_clip
+    norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf") if limit is None else limit)
+    _check_finite(norm, position)
+    for group in optimizer.param_groups:
+        group["lr"] = learner.lr(position)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {**totals, "grad_norm": norm.detach()}
+
+
+def _check_finite(norm: Tensor, position: int) -> None:
+    if norm.device.type == "cuda":
+        torch._assert_async(torch.isfinite(norm), f"gradient norm not finite at sample {position}")
+    elif not torch.isfinite(norm):
+        raise NumericsError(
+            f"the gradient norm is {norm.item()}; the weights were not changed",
+            where=f"sample {position}",
+            do="lower optim.lr, set optim.grad_clip=1.0 or train.precision=fp32, and resume from the last checkpoint",
+        )

@@ -1,0 +1,146 @@
+"""Batched augmentation on the device of the batch; every choice is looked up from (seed, position).
+
+Resampling is Pillow's bicubic (a = -1/2, widened when shrinking) of the cropped image, written as two matrices per
+image: `Wy @ image @ Wxᵀ`. Images are padded to multiples of 64, so that one batched product serves all of similar size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from shards.addressed import uniform
+from shards.errors import DataError
+
+if TYPE_CHECKING:
+    from shards.stream import Batch
+
+_TRIES, _STEP = 10, 64
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random resized crop, horizontal flip and contrast jitter: a pure function of (seed, position) and the image.
+
+    `crop_scale` bounds the share of the area, `crop_ratio` width / height, `flip` is a probability, and the contrast
+    factor is uniform in [1 - contrast, 1 + contrast].
+    """
+
+    size: int = 224
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    contrast: float = 0.5
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, seed: int) -> Tensor:
+        """The augmented images, fp32 [B, C, size, size] in [0, 1]."""
+        flip = uniform(seed, "flip", batch.position, 1)[:, 0] < self.flip
+        images = _resample(batch, self.boxes(batch, seed), flip, self.size)
+        if not self.contrast:
+            return images
+        low = max(0.0, 1 - self.contrast)
+        factor = low + uniform(seed, "contrast", batch.position, 1)[:, :, None, None] * (1 + self.contrast - low)
+        mean = images.mean(dim=(1, 2, 3), keepdim=True)
+        return mean.lerp(images, factor).clamp_(0, 1)
+
+    def boxes(self, batch: Batch, seed: int) -> Tensor:
+        """Crops as int64 [B, 4] of (top, left, height, width), in pixels of each image.
+
+        Ten candidates are drawn at once and the first that fits is taken; if none fits, the largest central crop whose
+        ratio is allowed. Arithmetic is in fp64, so that rounding to whole pixels agrees between devices.
+        """
+        draws = uniform(seed, "crop", batch.position, 4 * _TRIES).double().view(-1, _TRIES, 4)
+        area, ratio, top, left = draws.unbind(-1)
+        full = _sizes(batch)
+        low, high = self.crop_ratio
+        area = full.prod(1)[:, None] * (self.crop_scale[0] + area * (self.crop_scale[1] - self.crop_scale[0]))
+        ratio = (math.log(low) + ratio * (math.log(high) - math.log(low))).exp()
+        sides = torch.stack([(area / ratio).sqrt().round(), (area * ratio).sqrt().round()], dim=-1)  # [B, 10, 2]
+        fits = ((sides >= 1) & (sides <= full[:, None])).all(-1)
+        # torchvision draws the corner with randint(0, room), both ends included
+        corner = ((full[:, None] - sides + 1) * torch.stack([top, left], dim=-1)).floor()
+        first = fits.to(torch.uint8).argmax(1)
+        found = torch.cat([corner, sides], dim=-1)[torch.arange(len(first), device=first.device), first]
+        height, width = full.unbind(1)
+        central = torch.stack([height.minimum((width / low).round()), width.minimum((height * high).round())], dim=1)
+        central = torch.cat([((full - central) / 2).floor(), central], dim=1)
+        return torch.where(fits.any(1, keepdim=True), found, central).long()
+
+
+@torch.no_grad()
+def resize_center(batch: Batch, size: int, crop: int | None = None) -> Tensor:
+    """The central `crop` × `crop` pixels (the whole of a side that is shorter) resized to fp32 [B, C, size, size]."""
+    full = _sizes(batch).long()
+    sides = full if crop is None else full.clamp(max=crop)
+    boxes = torch.cat([(full - sides) // 2, sides], dim=1)
+    return _resample(batch, boxes, torch.zeros(len(full), dtype=torch.bool, device=full.device), size)
+
+
+def _sizes(batch: Batch) -> Tensor:
+    """Height and width of every image, fp64 [B, 2]."""
+    return torch.tensor([p.shape[-2:] for p in batch.pixels], dtype=torch.float64, device=batch.position.device)
+
+
+def _resample(batch: Batch, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
+    """Crop, flip and resize every image, grouped by padded size → fp32 [B, C, size, size], clipped to [0, 1]."""
+    channels = {p.shape[0] for p in batch.pixels}
+    if len(channels) != 1:
+        raise DataError(
+            f"the batch mixes images of {' and '.join(map(str, sorted(channels)))} channels",
+            where="augmentation",
+            do="train on sources with one channel count, or pack one band of the others",
+        )
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, pixels in enumerate(batch.pixels):
+        height, width = pixels.shape[-2:]
+        groups[-(-height // _STEP) * _STEP, -(-width // _STEP) * _STEP].append(i)
+    out = torch.empty(len(boxes), *channels, size, size, device=boxes.device)
+    with torch.autocast(boxes.device.type, enabled=False):  # targets are computed from these images: fp32, always
+        for (high, wide), members in groups.items():
+            rows = torch.tensor(members, device=boxes.device)
+            images = _stack([batch.pixels[i] for i in members], (high, wide))
+            images = images.div_(batch.scale[rows].float()[:, None, None, None]).clamp_(0, 1)
+            top, left, rise, run = boxes[rows].unbind(1)
+            down = _weights(top, rise, torch.zeros_like(flip[rows]), size, high)
+            across = _weights(left, run, flip[rows], size, wide)
+            out[rows] = down[:, None] @ images @ across[:, None].mT
+    return out.clamp_(0, 1)
+
+
+def _stack(pixels: list[Tensor], padded: tuple[int, int]) -> Tensor:
+    """Images of any dtype → fp32 [G, C, *padded]; what pads them gets no weight."""
+    if all(p.shape[-2:] == padded and p.dtype == pixels[0].dtype for p in pixels):
+        return torch.stack(pixels).float()
+    images = torch.zeros(len(pixels), pixels[0].shape[0], *padded, device=pixels[0].device)
+    for image, p in zip(images, pixels, strict=True):
+        image[:, : p.shape[-2], : p.shape[-1]] = p
+    return images
+
+
+def _weights(start: Tensor, length: Tensor, flip: Tensor, size: int, padded: int) -> Tensor:
+    """Bicubic weights that resize [start, start + length) to `size` pixels: fp32 [G, size, padded], rows sum to 1.
+
+    Only the few taps of each row are computed, then scattered into place. Their window is kept inside the padded
+    image, so that no index occurs twice and the scatter is deterministic.
+    """
+    taps = min(padded, 2 * math.ceil(2 * max(1.0, padded / size)) + 1)
+    out = torch.arange(size, dtype=torch.float64, device=start.device)
+    out = torch.where(flip[:, None], size - 1 - out, out)
+    ratio = (length.double() / size)[:, None]
+    spread = ratio.clamp(min=1)
+    centre = start[:, None] + (out + 0.5) * ratio
+    first = (centre - 2 * spread + 0.5).floor().clamp(0, padded - taps)
+    index = first.long()[:, :, None] + torch.arange(taps, device=start.device)
+    x = ((index + 0.5 - centre[:, :, None]) / spread[:, :, None]).float().abs_()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
+    weight = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    inside = (index >= start[:, None, None]) & (index < (start + length)[:, None, None])
+    weight = weight * inside
+    weight = weight / weight.sum(-1, keepdim=True)
+    return weight.new_zeros(len(start), size, padded).scatter_(2, index, weight)

@@ -1,0 +1,158 @@
+"""The stream gives the same global batches for any number of processes and workers, and a restart is a seek."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import signal
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from shards import index as indexes
+from shards.catalog import load
+from shards.errors import DataError
+from shards.pack import Record, SourceSpec, pack
+from shards.stream import Reader, Stream, _worker_signals
+
+COMMON = {"seed": 3, "lanes": 4, "block_shards": 2, "global_batch": 16}
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory):
+    rng = np.random.default_rng(0)
+
+    def chips(count: int, dtype: str) -> list[Record]:
+        return [
+            Record(rng.integers(1, 250, (5 + i % 4, 6 + i % 3)).astype(dtype), str(i), f"c{i % 3}")
+            for i in range(count)
+        ]
+
+    sources = [
+        SourceSpec("bytes", records=chips(41, "uint8")),
+        SourceSpec("floats", records=chips(17, "float32")),
+        SourceSpec("words", records=chips(30, "uint16")),
+    ]
+    return pack(tmp_path_factory.mktemp("data"), sources, shard_bytes=4000)
+
+
+def global_batches(catalog, world_size: int, workers: int = 0, micro_batch: int = 4, start: int = 0, stop: int = 160):
+    """position → (sample id, label, dtype, pixels) over all ranks, and the positions of each rank in their order."""
+    seen, ranks = {}, []
+    for rank in range(world_size):
+        place = {"rank": rank, "world_size": world_size, "workers": workers, "start": start, "stop": stop}
+        ranks.append([])
+        for batch in Stream(catalog, **COMMON, micro_batch=micro_batch, **place):
+            assert len(batch) == micro_batch
+            ranks[-1] += batch.position.tolist()
+            for i, position in enumerate(batch.position.tolist()):
+                pixels = batch.pixels[i]
+                facts = (int(batch.sample_id[i]), int(batch.label[i]), pixels.dtype, float(batch.scale[i]))
+                seen[position] = (*facts, tuple(pixels.shape), pixels.numpy().tobytes())
+    return seen, ranks
+
+
+def test_global_batches_do_not_depend_on_the_number_of_processes_or_workers(catalog):
+    expected, _ = global_batches(catalog, 1)
+    assert sorted(expected) == list(range(160))
+    for world_size, workers, micro_batch in ((2, 0, 8), (4, 0, 4), (1, 1, 16), (1, 2, 4), (2, 2, 2)):
+        assert global_batches(catalog, world_size, workers, micro_batch)[0] == expected
+
+
+def test_a_rank_never_touches_the_lanes_of_another_rank_and_positions_rise(catalog):
+    _, ranks = global_batches(catalog, 4)
+    for rank, positions in enumerate(ranks):
+        assert {p % 4 for p in positions} == {rank}
+        assert positions == sorted(positions)
+
+
+def test_the_batch_holds_what_the_reader_holds(catalog):
+    reader = Reader(catalog)
+    for batch in Stream(catalog, **COMMON, micro_batch=8, stop=64):
+        for pixels, label, scale, i in zip(batch.pixels, batch.label, batch.scale, batch.sample_id, strict=True):
+            sample = reader[int(i)]
+            assert pixels.numpy().dtype == sample.pixels.dtype
+            assert (pixels.numpy() == sample.pixels).all()
+            assert (int(label), float(scale)) == (sample.label, sample.scale)
+
+
+def test_every_sample_is_seen_once_in_the_first_epoch(catalog):
+    assert catalog.samples == 88  # lanes of equal length, so the epoch ends at one position
+    seen, _ = global_batches(catalog, 1, stop=96)
+    assert sorted(seen[p][0] for p in range(88)) == list(range(88))
+
+
+def test_a_restart_in_the_middle_goes_on_as_if_nothing_had_happened(catalog):
+    expected, _ = global_batches(catalog, 1)
+    for start in (16, 96, 144):
+        rest, _ = global_batches(catalog, 2, start=start)
+        assert rest == {p: v for p, v in expected.items() if p >= start}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_without_a_stop_the_stream_goes_on_and_can_start_anywhere(catalog, workers):
+    far = 16 * 10**9
+    batches = list(islice(Stream(catalog, **COMMON, micro_batch=8, workers=workers, start=far), 20))
+    assert batches[-1].position.tolist() == list(range(far + 152, far + 160))
+
+
+def test_reading_does_not_draw_from_the_global_generator(catalog):
+    state = torch.get_rng_state()
+    list(Stream(catalog, **COMMON, micro_batch=16, workers=1, stop=16))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_workers_ignore_an_interrupt_and_obey_a_termination_whatever_the_run_has_set(catalog, monkeypatch):
+    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    found = {}
+    monkeypatch.setattr(signal, "signal", lambda number, handler: found.update({number: handler}))
+    _worker_signals(0)
+    assert found == {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: signal.SIG_DFL}
+    assert {s: signal.getsignal(s) for s in before} == before
+
+
+def test_a_batch_moves_whole_and_keeps_dtypes_and_shapes(catalog):
+    batch = next(iter(Stream(catalog, **COMMON, micro_batch=16)))
+    assert len({p.dtype for p in batch.pixels}) > 1
+    moved = batch.to("cpu")
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(batch.pixels, moved.pixels, strict=True))
+    assert {p.device.type for p in batch.to("meta").pixels} == {"meta"}
+
+
+def test_a_reader_survives_pickling_and_knows_its_bounds(catalog):
+    reader = Reader(catalog)
+    first = reader[0]
+    again = pickle.loads(pickle.dumps(reader))
+    assert (again[0].pixels == first.pixels).all()
+    assert (again[0].key, again[0].source, len(again)) == (first.key, "bytes", 88)
+    with pytest.raises(IndexError, match="sample 88 of 88"):
+        _ = reader[88]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_found_while_reading_names_the_file_also_from_a_worker(catalog, tmp_path, workers):
+    copy = shutil.copytree(catalog.root, tmp_path / "copy")
+    stream = Stream(load(copy), **COMMON, micro_batch=16, workers=workers, stop=160)
+    for tar in copy.glob("*.tar"):
+        os.truncate(indexes.path_of(tar), 50)
+    with pytest.raises(DataError, match=r"^the index cannot be read[^\n]*\n  where: .*idx.npz\n  do:    rebuild it"):
+        list(stream)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"start": 8}, r"start = 8 samples is not a whole number of global batches of 16[\s\S]*use 0 or 16"),
+        ({"stop": 100}, r"stop = 100 samples is not a whole number[\s\S]*use 96 or 112"),
+        ({"micro_batch": 5}, r"micro batch 5 does not divide the 16 samples[\s\S]*micro batch of 4"),
+        ({"world_size": 3}, "4 lanes cannot be shared evenly by 3 processes"),
+        ({"global_batch": 18}, "global batch 18 is not a multiple of 4 lanes"),
+        ({"lanes": 128, "global_batch": 128}, "88 samples cannot fill 128 lanes"),
+    ],
+)
+def test_numbers_that_do_not_fit_are_refused_before_reading(catalog, change, message):
+    with pytest.raises(DataError, match=message):
+        Stream(catalog, **(COMMON | {"micro_batch": 4} | change))
