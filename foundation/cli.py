@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -13,6 +14,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from shards.errors import ExplainedError
+
+# Before torch loads its OpenMP runtime: threads that spin while they wait make a CPU run many times slower as soon as
+# anything else wants the cores, its own loader workers included.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 shards_app = typer.Typer(no_args_is_help=True, help="Pack, inspect and make shards.")
@@ -151,7 +156,7 @@ def parity(folder: Annotated[Path, typer.Argument(help="Folder with reference va
         tolerance = "-" if line.tolerance is None else f"{line.tolerance:.0e}"
         note = f"  {line.note}" if line.note else ""
         text = f"{line.file}: {line.item}  error {error}  tolerance {tolerance}{note}"
-        console.print(f"[{colour}]{line.status:<15}[/]{escape(text)}", highlight=False, soft_wrap=True)
+        console.print(f"[{colour}]{line.status:<16}[/]{escape(text)}", highlight=False, soft_wrap=True)
     raise typer.Exit(int(failed))
 
 

@@ -31,6 +31,7 @@ _PUBLISHED = (
     (r"\.mlp\.(fc[12])\.", r".\1."),
 )
 UNUSED = frozenset({"pos_embed"})
+_DO = "save it again with torch.save({'model': state_dict}, path)"
 
 
 def rename(published: str) -> str:
@@ -54,16 +55,17 @@ def _blocks(state: Mapping[str, Tensor], prefix: str, dim: int) -> tuple[int, in
     return _depth(state, prefix), dim // state[f"{prefix}0.attn.rpe.table"].shape[1]
 
 
-def model_of(state: Mapping[str, Tensor], attention: str = "auto") -> MaskedWindowModel:
+def model_of(state: Mapping[str, Tensor], attention: str = "auto", where: str = "") -> MaskedWindowModel:
     """An empty model with the widths, depths and heads that the tensors of `state` (our names) show."""
     try:
         dim, channels, patch, _ = state["encoder.patch_embed.proj.weight"].shape
         depth, heads = _blocks(state, "encoder.blocks.", dim)
         width, out = state["decoder.embed.weight"].shape[0], state["decoder.pred.weight"].shape[0]
         decoder_depth, decoder_heads = _blocks(state, "decoder.blocks.", width)
-    except (KeyError, ValueError) as error:
+    except (LookupError, ValueError) as error:
         raise CheckpointError(
             f"this is not a SAR-JEPA model: {error} is missing or has another shape",
+            where=where,
             do="import checkpoints whose tensors carry the published SAR-JEPA names",
         ) from error
     encoder = ViT(dim, depth, heads, patch, channels, attention)
@@ -76,24 +78,25 @@ def read_published(path: Path) -> dict[str, Tensor]:
         # The published files carry their command line as an argparse.Namespace, which is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError) as error:
-        raise CheckpointError(f"cannot read this file as a checkpoint: {error}", where=str(path)) from error
+    except (OSError, RuntimeError, ValueError, EOFError, LookupError) as error:
+        what = f"cannot read this file as a checkpoint: {type(error).__name__} {error}"
+        raise CheckpointError(what, where=str(path), do=_DO) from error
     except UnpicklingError as error:
         raise CheckpointError(
-            "this file holds more than tensors and plain values, and is not loaded",
+            "this file is no checkpoint, or holds more than tensors and plain values: it is not loaded",
             where=str(path),
-            do="save it again as {'model': state_dict}",
+            do=_DO,
         ) from error
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError("no state dict found", where=str(path), do="expected {'model': {name: tensor}}")
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
+        raise CheckpointError("no state dict found", where=str(path), do=_DO)
     return from_published(state)
 
 
 def import_published(path: Path, out: Path) -> Path:
     """Turn a published SAR-JEPA `.pth` into a checkpoint that `evaluate` and `report` read. Returns its folder."""
     state = read_published(path)
-    model = model_of(state)
+    model = model_of(state, where=str(path))
     checkpoint.check_model(state, model.state_dict(), where=str(path))
     encoder = model.encoder
     size = next((n for n, row in FAMILY.items() if row == Row(encoder.dim, encoder.depth, encoder.heads)), None)

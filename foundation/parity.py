@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foundation.errors import DataError
+from foundation.errors import DataError, ExplainedError
 from foundation.evaluation.attention import attention_distances
 from foundation.interchange import UNUSED, from_published, model_of, rename
 from foundation.models.heads import MaskedWindowModel
@@ -69,7 +71,13 @@ def _gap(ours: Tensor, theirs: np.ndarray) -> float:
     reference = _tensor(theirs).double()
     if ours.shape != reference.shape or not bool(torch.isfinite(ours).all()):
         return float("inf")
-    return float((ours.double() - reference).abs().max())
+    return float((ours.detach().double() - reference).abs().max())
+
+
+def _relative(ours: float, theirs: float) -> float:
+    """Relative difference; infinite when a value is not finite, because no comparison with NaN finds anything."""
+    error = abs(ours - theirs) / max(abs(theirs), 1e-12)
+    return error if error < float("inf") else float("inf")
 
 
 def _targets(arrays: Arrays, _: Path) -> Iterator[tuple[str, float, float, str]]:
@@ -114,17 +122,16 @@ def _step(arrays: Arrays, _: Path) -> Iterator[tuple[str, float, float, str]]:
         yield f"prediction, {backend}", _gap(everything, pred.numpy()), 1e-4, ""
         tokens = patchify(GradientRatio(RADII, 0.01, "include").maps(images), model.encoder.patch)
         loss = F.mse_loss(model(images, ids, hidden), gather_masked(tokens, Masks(ids, hidden)))
-        published = float(arrays["loss"])
-        yield f"loss, {backend}", abs(loss.item() - published) / published, 1e-5, "relative"
+        yield f"loss, {backend}", _relative(loss.item(), float(arrays["loss"])), 1e-5, "relative"
         loss.backward()
         norms = {rename(name): value for name, value in json.loads(str(arrays["grad_norms"])).items()}
         ours = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
         if set(norms) != set(ours):
             yield f"gradient norms, {backend}", float("inf"), 1e-3, f"names differ: {sorted(set(norms) ^ set(ours))}"
             continue
-        worst = max(norms, key=lambda name: abs(ours[name] - norms[name]) / max(norms[name], 1e-12))
-        error = abs(ours[worst] - norms[worst]) / max(norms[worst], 1e-12)
-        yield f"gradient norms ({len(norms)}), {backend}", error, 1e-3, f"relative; worst {worst}"
+        errors = {name: _relative(ours[name], norm) for name, norm in norms.items()}
+        worst = max(errors, key=lambda name: errors[name])
+        yield f"gradient norms ({len(norms)}), {backend}", errors[worst], 1e-3, f"relative; worst {worst}"
 
 
 @torch.no_grad()
@@ -146,7 +153,7 @@ def _schedule(values: dict, _: Path) -> Iterator[tuple[str, float, float, str]]:
     per_epoch = 100_000  # any number of samples per epoch gives the same curve
     warmup, total = values["warmup_epochs"] * per_epoch, values["epochs"] * per_epoch
     ours = [learning_rate(epoch * per_epoch, total, warmup, peak) for epoch in values["epoch"]]
-    error = max(abs(a - b) for a, b in zip(ours, values["lr"], strict=True)) / peak
+    error = _gap(torch.tensor(ours, dtype=torch.float64), np.array(values["lr"])) / peak
     yield f"learning rate at {len(ours)} epochs", error, 1e-6, "relative to the peak"
 
 
@@ -177,10 +184,13 @@ def _read(path: Path) -> dict:
         raise DataError(f"{path.name} is missing", where=str(path.parent))
     try:
         if path.suffix == ".json":
-            return json.loads(path.read_text())
+            values = json.loads(path.read_text())
+            if not isinstance(values, dict):
+                raise ValueError(f"it holds a {type(values).__name__}, not names and values")
+            return values
         with np.load(path, allow_pickle=False) as file:
             return dict(file.items())
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path.name} cannot be read: {error}", where=str(path)) from error
 
 
@@ -196,7 +206,16 @@ def compare(folder: Path) -> Iterator[Line]:
         try:
             for item, error, tolerance, note in CHECKS[name](_read(folder / name), folder):
                 yield Line(name, item, error, tolerance, note)
-        except (DataError, KeyError, ValueError, RuntimeError) as error:
-            yield Line(name, "cannot be compared", None, 0.0, f"{type(error).__name__}: {error}")
+        except (
+            ExplainedError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            yield Line(name, "cannot be compared", None, 0.0, reason)
     for name in [n for n in present if n not in CHECKS]:
         yield Line(name, NOT_COVERED.get(name, "unknown file"), None, None)

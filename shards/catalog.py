@@ -153,14 +153,17 @@ def save(catalog: Catalog) -> Path:
 def load(path: str | Path) -> Catalog:
     """Read a catalog from its folder or its `catalog.json`; raises DataError when it cannot be used."""
     path = Path(path)
-    file = path / FILE_NAME if path.is_dir() else path
-    if not file.is_file():
-        raise DataError("no catalog here", where=str(file), do="make one with: foundation shards pack")
+    file = path / FILE_NAME if os.path.isdir(path) else path
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
         version = value["version"]
         if version == VERSION:
             return of(file.parent, [_source(s) for s in value["sources"]])
+    except FileNotFoundError as error:
+        raise DataError("no catalog here", where=str(file), do="make one with: foundation shards pack") from error
+    except OSError as error:
+        what = f"the catalog cannot be read: {error.strerror}"
+        raise DataError(what, where=str(file), do="correct the path or the permissions") from error
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"the catalog cannot be read: {error!r}", where=str(file), do="pack again") from error
     raise DataError(

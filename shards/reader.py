@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from shards.catalog import Catalog
+from shards.errors import DataError
 from shards.index import Index, open_index
 
 _OPEN_SHARDS = 256  # a map holds a file descriptor, and 1024 of them is a common limit
@@ -80,10 +81,16 @@ class Reader:
         return part, sample_id - self._starts[part]
 
     def _shard(self, part: int) -> tuple[mmap.mmap, Index]:
+        shard = self._parts[part][1]
         if part in self._open:
             self._open.move_to_end(part)
+            if (size := self._open[part][0].size()) < shard.bytes:  # to read past the end of a map kills the process
+                raise DataError(
+                    f"the shard was cut off while it was read: {size} of {shard.bytes} bytes",
+                    where=str(self.catalog.root / shard.name),
+                    do="restore the file or pack the source again, then resume",
+                )
             return self._open[part]
-        shard = self._parts[part][1]
         index = open_index(self.catalog.root, shard)
         with open(self.catalog.root / shard.name, "rb") as file:
             opened = (mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), index)

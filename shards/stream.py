@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, count
 from typing import Any
@@ -22,7 +23,7 @@ from shards.errors import DataError
 from shards.order import Order, check_division, rank_positions
 from shards.reader import Reader, Sample
 
-__all__ = ["Batch", "Reader", "Sample", "Stream"]
+__all__ = ["Batch", "Reader", "Sample", "Stream", "explained_deaths"]
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,20 @@ class _Numbers(Sampler[int]):
 
 def _same(value: Any) -> Any:
     return value
+
+
+@contextmanager
+def explained_deaths() -> Iterator[None]:
+    """Around everything that consumes a Stream: torch reports a killed loader process from wherever the caller is."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a loader process ended unexpectedly: {error}",
+            do="this is mostly a lack of memory: lower data.workers or give the job more (also /dev/shm), then resume",
+        ) from error
 
 
 def _worker_signals(_: int) -> None:

@@ -28,7 +28,7 @@ from foundation.training.step import Learner, train_step
 from foundation.training.tracking import Status, Tracker, open_tracker
 from shards.addressed import bits
 from shards.catalog import Catalog
-from shards.stream import Batch, Stream
+from shards.stream import Batch, Stream, explained_deaths
 
 
 def train(config: Config, resume: bool = True) -> Path:
@@ -72,7 +72,8 @@ def _train(config: Config, engine: engines.Engine, resume: bool) -> Path:
     try:
         for line in [*notes, *describe(learner, catalog)]:
             tracker.note(line)
-        loop(learner, catalog, stream, tracker, position)
+        with explained_deaths():
+            loop(learner, catalog, stream, tracker, position)
         if engine.rank == 0:
             publish(folder, catalog, tracker)
         status = "FINISHED"

@@ -1,0 +1,150 @@
+"""A run that is killed goes on as if nothing had happened: the same samples, losses and weights, bit for bit."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from runs import finish, interrupted, position, record, same_state, start, wait
+
+from foundation.config import Config
+from foundation.training.checkpoint import latest
+from foundation.training.run import train
+from shards import catalog as catalogs
+from shards import synthetic
+
+Make = Callable[..., Config]
+Command = Callable[..., Any]
+SAMPLES = 320  # 40 updates, a line for each, a checkpoint after every second one
+
+
+@pytest.mark.slow
+def test_three_kills_at_random_moments_leave_no_trace(tiny_config: Make, tiny_yaml: Path) -> None:
+    length = f"train.samples={SAMPLES}"
+    whole = train(tiny_config(length, "name=whole"))
+    killed, rng = whole.with_name("killed"), random.Random(0)
+    for third in range(3):
+        process = start("train", tiny_yaml, length, "name=killed")
+        fresh = rng.randrange(SAMPLES * (4 * third + 1) // 16, SAMPLES * (4 * third + 3) // 16)
+        wait(process, lambda fresh=fresh: position(killed) > fresh)
+        time.sleep(rng.uniform(0, 0.03))  # a random moment: inside an update, a line or a checkpoint
+        process.kill()
+        code, output = finish(process)
+        assert code == -signal.SIGKILL, output
+    code, output = finish(start("train", tiny_yaml, length, "name=killed"))
+    assert code == 0, output
+    assert "resumed from samples-" in output
+    assert len(record(whole)) == SAMPLES // 8
+    assert record(killed) == record(whole)
+    assert same_state(killed, whole)
+
+
+def test_the_number_of_loader_processes_may_change_at_a_resume(tiny_config: Make, finished: Path) -> None:
+    for workers in (1, 2):
+        config = tiny_config(f"name=workers-{workers}", f"data.workers={workers}")
+        interrupted(finished, config.run_folder, 48)
+        run = train(config)
+        assert record(run) == record(finished)
+        assert same_state(run, finished)
+
+
+def test_a_finished_run_is_not_trained_again(tiny_config: Make, finished: Path) -> None:
+    shutil.copytree(finished, tiny_config().run_folder)
+    run = train(tiny_config())
+    assert record(run) == record(finished)
+    assert same_state(run, finished)
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("seed=1", "seed"),
+        ("train.global_batch=16", "train.global_batch"),
+        ("data.lanes=4", "data.lanes"),
+        ("data.block_shards=1", "data.block_shards"),
+        ("train.samples=192", "train.samples"),
+        ("objective.mask_ratio=0.5", "objective.mask_ratio"),
+        ("objective.draw=shared", "objective.draw"),
+        ("data.catalog", "data.catalog (fingerprint)"),
+    ],
+)
+def test_a_resume_with_other_values_is_refused_by_name(
+    tiny_config: Make, finished: Path, command: Command, tiny_yaml: Path, tmp_path: Path, override: str, named: str
+) -> None:
+    run = interrupted(finished, tiny_config().run_folder, 48)
+    written = (run / "config.yaml").read_text()
+    if override == "data.catalog":
+        synthetic.write(tmp_path / "other", 40, 2, 0, 0)
+        override = f"data.catalog={tmp_path / 'other'}"
+    code, _, err = command("train", tiny_yaml, override)
+    assert code == 2
+    assert err.startswith(f"CheckpointError: this run was started with other values of: {named}\n"), err
+    assert f"where: {run / 'checkpoints' / 'samples-000000000048'}" in err
+    assert "start a new run with another `name`" in err
+    assert (run / "config.yaml").read_text() == written
+    assert record(run) == record(finished)
+
+
+def test_a_catalog_that_moved_is_still_the_same_data(
+    tiny_config: Make, finished: Path, catalog: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(f"data.catalog={tmp_path / 'elsewhere'}")
+    interrupted(finished, config.run_folder, 48)
+    shutil.copytree(catalog, tmp_path / "elsewhere")
+    assert record(train(config)) == record(finished)
+    assert catalogs.load(tmp_path / "elsewhere").fingerprint == catalogs.load(catalog).fingerprint
+
+
+def test_fresh_refuses_a_used_run_folder(tiny_config: Make, finished: Path, command: Command, tiny_yaml: Path) -> None:
+    run = interrupted(finished, tiny_config().run_folder, 96)
+    code, _, err = command("train", tiny_yaml, "--fresh")
+    assert code == 2
+    assert "CheckpointError: the run folder already holds samples-000000000096" in err
+    assert "resume it (drop --fresh), choose another `name`, or move the folder away" in err
+    assert record(run) == record(finished)
+    assert command("train", tiny_yaml, "name=other", "train.samples=16", "--fresh")[0] == 0
+
+
+def test_an_unfinished_checkpoint_is_skipped_and_named(
+    tiny_config: Make, finished: Path, command: Command, tiny_yaml: Path
+) -> None:
+    run = interrupted(finished, tiny_config().run_folder, 64)
+    (run / "checkpoints" / "samples-000000000064" / "COMMIT").unlink()
+    code, _, err = command("train", tiny_yaml)
+    assert code == 0
+    assert "skipped checkpoint samples-000000000064: has no COMMIT marker: the save was interrupted" in err
+    assert "resumed from samples-000000000048" in err
+    assert record(run) == record(finished)
+    assert same_state(run, finished)
+    assert latest(run)[0] == run / "checkpoints" / "samples-000000000096"
+
+
+def test_a_damaged_checkpoint_is_refused(tiny_config: Make, finished: Path, command: Command, tiny_yaml: Path) -> None:
+    run = interrupted(finished, tiny_config().run_folder, 16)
+    state = run / "checkpoints" / "samples-000000000016" / "state.pt"
+    data = bytearray(state.read_bytes())
+    data[len(data) // 2] ^= 1
+    state.write_bytes(data)
+    code, _, err = command("train", tiny_yaml)
+    assert code == 2
+    assert "CheckpointError: the checkpoint is damaged: the sha256 of state.pt differs from the manifest" in err
+
+
+def test_the_checkpoint_of_another_model_is_refused(
+    tiny_config: Make, finished: Path, command: Command, tiny_yaml: Path
+) -> None:
+    run = interrupted(finished, tiny_config().run_folder, 48)
+    code, _, err = command("train", tiny_yaml, "model.size=tiny")
+    assert code == 2
+    assert "CheckpointError: the checkpoint is of another model; " in err
+    assert "missing: encoder.blocks.6." in err
+    assert "of another shape: " in err
+    assert "encoder.cls_token [1, 1, 96], not [1, 1, 192]" in err
+    assert "use the configuration of that checkpoint's run, or another checkpoint" in err
+    assert record(run) == record(finished)

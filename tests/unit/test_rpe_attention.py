@@ -1,0 +1,218 @@
+"""One definition of attention with relative positions, and backends that may be exchanged for it unseen."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.rpe_attention import BACKENDS, rpe_attention
+from kernels.rpe_attention.buckets import num_buckets, product_buckets
+from kernels.rpe_attention.reference import attention_probabilities
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "rpe_buckets.npz"
+FAST = [name for name in BACKENDS if name != "reference"]
+sdpa_module = importlib.import_module("kernels.rpe_attention.sdpa")  # the package exports a function of that name
+BRIEF = settings(max_examples=25, deadline=None)
+
+
+class Case(NamedTuple):
+    """Arguments of a call, in float64."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    table: Tensor
+    grid: tuple[int, int]
+
+
+def case(
+    grid: tuple[int, int] = (3, 5),
+    heads: int = 2,
+    dim: int = 4,
+    batch: int = 2,
+    per_head: bool = False,
+    cls_tokens: int = 1,
+    seed: int = 0,
+) -> Case:
+    draw = torch.Generator().manual_seed(seed)
+    q, k, v = torch.randn(3, batch, heads, cls_tokens + grid[0] * grid[1], dim, generator=draw, dtype=torch.float64)
+    shape = heads if per_head else 1, dim, num_buckets(cls_tokens=cls_tokens)
+    return Case(q, k, v, torch.randn(shape, generator=draw, dtype=torch.float64), grid)
+
+
+def by_hand(c: Case, cls_tokens: int, qk_scale: float, rpe_scale: float) -> Tensor:
+    """The equation, pair by pair."""
+    ids = product_buckets(c.grid, cls_tokens)
+    tables = c.table.expand(c.q.shape[1], -1, -1)
+    out = torch.empty_like(c.q)
+    for b, h, i in np.ndindex(c.q.shape[:3]):
+        logits = [qk_scale * (c.q[b, h, i] @ c.k[b, h, j]) for j in range(len(ids))]
+        bias = [rpe_scale * (c.q[b, h, i] @ tables[h, :, ids[i, j]]) for j in range(len(ids))]
+        out[b, h, i] = (torch.stack(logits) + torch.stack(bias)).softmax(0) @ c.v[b, h]
+    return out
+
+
+def test_buckets_are_the_published_ones() -> None:
+    with np.load(GOLDEN, allow_pickle=False) as golden:
+        assert num_buckets() == golden["num_buckets"]
+        for name in set(golden.files) - {"num_buckets"}:
+            height, width = map(int, name.removeprefix("product_").split("x"))
+            assert np.array_equal(product_buckets((height, width)).numpy(), golden[name]), name
+
+
+@BRIEF
+@given(grid=st.tuples(st.integers(1, 12), st.integers(1, 12)), cls_tokens=st.integers(0, 2))
+def test_a_bucket_depends_only_on_the_offset_of_two_patches(grid: tuple[int, int], cls_tokens: int) -> None:
+    ids = product_buckets(grid, cls_tokens)
+    assert ids.max() < num_buckets(cls_tokens=cls_tokens)
+    assert (ids[:cls_tokens] == 49).all()
+    assert (ids[:, :cls_tokens] == 49).all()
+    # Any grid is a part of a square one, so what a table has learnt in windows serves it.
+    side = max(grid)
+    inside = [r * side + c for r in range(grid[0]) for c in range(grid[1])]
+    assert torch.equal(ids[cls_tokens:, cls_tokens:], product_buckets((side, side), 0)[inside][:, inside])
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("cls_tokens", [0, 1, 2])
+def test_the_definition_is_the_equation(per_head: bool, cls_tokens: int) -> None:
+    c = case((2, 3), per_head=per_head, cls_tokens=cls_tokens)
+    ours = rpe_attention(*c, cls_tokens=cls_tokens, qk_scale=0.3, rpe_scale=0.7, backend="reference")
+    assert torch.allclose(ours, by_hand(c, cls_tokens, 0.3, 0.7), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@BRIEF
+@given(
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    heads=st.integers(1, 4),
+    dim=st.sampled_from([1, 4, 12]),
+    batch=st.integers(1, 3),
+    per_head=st.booleans(),
+    cls_tokens=st.integers(0, 2),
+    scales=st.tuples(st.sampled_from([None, 0.2, 1.0]), st.sampled_from([0.0, 0.5, 1.0])),
+    seed=st.integers(0, 99),
+)
+def test_every_backend_equals_the_definition(
+    backend: str,
+    grid: tuple[int, int],
+    heads: int,
+    dim: int,
+    batch: int,
+    per_head: bool,
+    cls_tokens: int,
+    scales: tuple[float | None, float],
+    seed: int,
+) -> None:
+    c = case(grid, heads, dim, batch, per_head, cls_tokens, seed)
+    want, got = (rpe_attention(*c, cls_tokens, *scales, backend=name) for name in ("reference", backend))
+    assert torch.allclose(got, want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("per_head", [False, True])
+def test_gradients_of_every_backend_equal_those_of_the_definition(backend: str, per_head: bool) -> None:
+    c = case((4, 6), heads=3, per_head=per_head)
+    leaves = [t.requires_grad_() for t in c[:4]]
+    weight = torch.randn(c.q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    want, got = (
+        torch.autograd.grad((rpe_attention(*c, backend=name) * weight).sum(), leaves) for name in ("reference", backend)
+    )
+    for ours, definition in zip(got, want, strict=True):
+        assert torch.allclose(ours, definition, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("per_head", [False, True])
+def test_gradients_are_those_of_finite_differences(backend: str, per_head: bool) -> None:
+    c = case((2, 2), heads=2, dim=2, batch=1, per_head=per_head)
+    leaves = [t.requires_grad_() for t in c[:4]]
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, table: rpe_attention(q, k, v, table, c.grid, rpe_scale=0.8, backend=backend), leaves
+    )
+
+
+def test_large_grids_take_the_index_and_small_ones_the_one_hot_product_with_one_result(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small, large = case((4, 6), per_head=True), case((16, 16), batch=1, dim=2)
+    assert large.q.shape[2] ** 2 > sdpa_module._ONE_HOT_PAIRS > small.q.shape[2] ** 2
+    assert torch.allclose(
+        rpe_attention(*large, backend="dense"), rpe_attention(*large, backend="reference"), atol=1e-12
+    )
+    one_hot = sdpa_module.dense_bias(small.q, small.table, small.grid, 1, 0.5)
+    monkeypatch.setattr(sdpa_module, "_ONE_HOT_PAIRS", 0)
+    monkeypatch.setattr(sdpa_module, "_one_hot", lambda *_: pytest.fail("the one-hot matrix was built"))
+    assert torch.allclose(sdpa_module.dense_bias(small.q, small.table, small.grid, 1, 0.5), one_hot, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("grid", [(7, 7), (16, 16)], ids=["one-hot", "index"])
+def test_the_table_gradient_is_the_same_to_the_bit_in_every_run(backend: str, grid: tuple[int, int]) -> None:
+    def gradient() -> Tensor:
+        q, k, v, table = (t.float() for t in case(grid, batch=3)[:4])
+        table.requires_grad_()
+        (rpe_attention(q, k, v, table, grid, backend=backend) * v).sum().backward()
+        assert table.grad is not None
+        return table.grad
+
+    first = gradient()
+    assert all(torch.equal(gradient(), first) for _ in range(3))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_class_query_ignores_the_table_because_all_its_keys_share_one_bucket(backend: str) -> None:
+    c = case()
+    ours = rpe_attention(*c, backend=backend)
+    plain = F.scaled_dot_product_attention(c.q, c.k, c.v)
+    assert torch.allclose(ours[:, :, 0], plain[:, :, 0], atol=1e-12)
+    assert not torch.allclose(ours[:, :, 1:], plain[:, :, 1:], atol=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_position_term_takes_the_unscaled_query(backend: str) -> None:
+    c = case(dim=16)
+    without_content = [rpe_attention(*c, qk_scale=scale, backend=backend) for scale in (0.0, 1e-300)]
+    bias = torch.einsum("bhid,dij->bhij", c.q, c.table[0][:, product_buckets(c.grid)])
+    for ours in without_content:
+        assert torch.allclose(ours, bias.softmax(-1) @ c.v, atol=1e-12)
+    assert torch.allclose(rpe_attention(*c, backend=backend), (c.q @ c.k.mT / 4 + bias).softmax(-1) @ c.v, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_bf16_stays_near_float64(backend: str) -> None:
+    c = case((7, 7))
+    q, k, v = (t.bfloat16() for t in c[:3])
+    ours = rpe_attention(q, k, v, c.table.float(), c.grid, backend=backend)
+    assert ours.dtype == torch.bfloat16
+    assert (ours.double() - rpe_attention(*c, backend="reference")).abs().max() < 0.1
+
+
+def test_probabilities_sum_to_one() -> None:
+    c = case()
+    maps = attention_probabilities(c.q, c.k, c.table, c.grid, 1, 0.5, 1.0)
+    assert torch.allclose(maps.sum(-1), torch.ones((), dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"grid": (3, 4)}, "16 tokens do not fit a 3x4 grid with 1 class tokens"),
+        ({"cls_tokens": 0}, "16 tokens do not fit a 3x5 grid with 0 class tokens"),
+        ({"table": torch.zeros(3, 4, 50)}, r"table \(3, 4, 50\) fits neither 1 nor 2 heads of size 4"),
+        ({"table": torch.zeros(1, 8, 50)}, r"table \(1, 8, 50\) fits neither 1 nor 2 heads of size 4"),
+        ({"backend": "flush"}, "unknown attention backend 'flush': choose auto, reference, sdpa, dense"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        rpe_attention(**{**case()._asdict(), **changes})

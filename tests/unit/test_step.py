@@ -1,0 +1,146 @@
+"""One update: the same in any pieces, never from a number that is not finite, always at the rate of its position."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from foundation.config import Config
+from foundation.errors import NumericsError
+from foundation.training.engine import Engine
+from foundation.training.setup import build_learner, open_data
+from foundation.training.step import Learner, train_step
+from shards.stream import Batch, Stream
+
+Make = Callable[..., Config]
+# SGD at rate 1 (32 · 8 / 256) and no warm-up: the change of a weight is its gradient.
+PLAIN = ("optim.lr=32", "optim.warmup_samples=0")
+
+
+def learner(config: Config, plain: bool = False) -> Learner:
+    made = build_learner(config, Engine())
+    return made._replace(optimizer=torch.optim.SGD(made.model.parameters(), lr=0.0)) if plain else made
+
+
+def batches(config: Config, micro_batch: int = 8, stop: int = 8) -> list[Batch]:
+    stream = Stream(
+        open_data(config), seed=0, lanes=8, block_shards=2, global_batch=8, micro_batch=micro_batch, stop=stop
+    )
+    return list(stream)
+
+
+def weights(made: Learner) -> list[Tensor]:
+    return [p.detach().clone() for p in made.model.parameters()]
+
+
+def change(before: list[Tensor], after: list[Tensor]) -> Tensor:
+    return torch.cat([(b - a).flatten() for a, b in zip(before, after, strict=True)])
+
+
+class Watched:
+    """An objective whose `loss` can be looked at and changed."""
+
+    def __init__(self, inner: Any, watch: Callable[[Tensor, Any], None] = lambda *_: None, factor: float = 1.0) -> None:
+        self.prepare, self._inner, self._watch, self._factor = inner.prepare, inner, watch, factor
+
+    def loss(self, prediction: Tensor, inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        self._watch(prediction, inputs)
+        loss, parts = self._inner.loss(prediction, inputs)
+        return loss * self._factor, parts
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_accumulation_gives_the_update_of_one_large_batch(tiny_config: Make, micro_batch: int) -> None:
+    config = tiny_config(*PLAIN)
+    changes, losses = [], []
+    for size in (8, micro_batch):
+        made = learner(config, plain=True)
+        before = weights(made)
+        losses.append(train_step(made, batches(config, size), 0))
+        changes.append(change(before, weights(made)))
+    assert changes[0].abs().max() > 1e-3
+    torch.testing.assert_close(changes[1], changes[0], rtol=1e-5, atol=1e-6)
+    for name, value in losses[0].items():
+        torch.testing.assert_close(losses[1][name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("factor", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_no_weight(tiny_config: Make, factor: float) -> None:
+    made = learner(tiny_config())
+    made = made._replace(objective=Watched(made.objective, factor=factor))  # type: ignore[arg-type]
+    before = weights(made)
+    with pytest.raises(NumericsError) as caught:
+        train_step(made, batches(made.config), 4_096)
+    message = str(caught.value)
+    assert "the gradient norm is nan; the weights were not changed" in message
+    assert "where: sample 4096" in message
+    assert "optim.grad_clip=1.0" in message
+    assert "resume from the last checkpoint" in message
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(made), strict=True))
+    assert not made.optimizer.state
+
+
+def test_clipping_limits_the_norm_of_the_update_and_reports_the_norm_before_it(tiny_config: Make) -> None:
+    free = learner(tiny_config(*PLAIN), plain=True)
+    norm = train_step(free, batches(free.config), 0)["grad_norm"].item()
+    limit = norm / 3
+    clipped = learner(tiny_config(*PLAIN, f"optim.grad_clip={limit}"), plain=True)
+    before = weights(clipped)
+    assert train_step(clipped, batches(clipped.config), 0)["grad_norm"].item() == norm
+    assert change(before, weights(clipped)).norm().item() == pytest.approx(limit, rel=1e-4)
+
+
+def test_a_limit_above_the_norm_changes_nothing(tiny_config: Make) -> None:
+    after = []
+    for more in ((), ("optim.grad_clip=1e6",)):
+        made = learner(tiny_config(*PLAIN, *more), plain=True)
+        train_step(made, batches(made.config), 0)
+        after.append(weights(made))
+    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
+
+
+def test_bf16_is_for_the_model_alone(tiny_config: Make) -> None:
+    seen = {}
+    for precision in ("fp32", "bf16"):
+        made = learner(tiny_config(f"train.precision={precision}"))
+        kept = seen[precision] = SimpleNamespace()
+        watch = lambda prediction, inputs, kept=kept: vars(kept).update(prediction=prediction, target=inputs.target)  # noqa: E731
+        made = made._replace(objective=Watched(made.objective, watch))  # type: ignore[arg-type]
+        kept.loss = train_step(made, batches(made.config), 0)["loss"]
+        assert all(p.dtype == torch.float32 for p in made.model.parameters())
+    assert seen["fp32"].prediction.dtype == torch.float32
+    assert seen["bf16"].prediction.dtype == torch.bfloat16
+    assert seen["bf16"].target.dtype == torch.float32
+    assert torch.equal(seen["bf16"].target, seen["fp32"].target)
+    assert seen["bf16"].loss.dtype == torch.float32
+    assert seen["bf16"].loss.item() == pytest.approx(seen["fp32"].loss.item(), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("position", "share"),
+    [(0, 0.0), (8, 0.5), (16, 1.0), (16 + 40, 0.5), (16 + 20, 0.5 + 0.5 * math.sqrt(0.5)), (96, 0.0)],
+)
+def test_the_rate_is_set_from_the_position(tiny_config: Make, position: int, share: float) -> None:
+    made = learner(tiny_config("optim.lr=0.32"))  # peak 0.32 · 8 / 256 = 0.01
+    train_step(made, batches(made.config), position)
+    assert [group["lr"] for group in made.optimizer.param_groups] == pytest.approx([0.01 * share] * 2, abs=1e-12)
+
+
+def test_at_rate_zero_nothing_is_learnt(tiny_config: Make) -> None:
+    made = learner(tiny_config())
+    before = weights(made)
+    train_step(made, batches(made.config), 0)  # the first step of a warm-up
+    assert change(before, weights(made)).abs().max() == 0
+
+
+def test_the_loss_falls_within_thirty_steps(tiny_config: Make) -> None:
+    made = learner(tiny_config("optim.lr=0.1", "train.samples=240"))
+    every = batches(made.config, stop=240)
+    losses = [train_step(made, [batch], 8 * step)["loss"].item() for step, batch in enumerate(every)]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), losses
