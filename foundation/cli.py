@@ -59,6 +59,7 @@ class Listed(StrEnum):
     engines = "engines"
     attention = "attention"
     sources = "sources"
+    config = "config"
 
 
 def main() -> None:
@@ -66,7 +67,9 @@ def main() -> None:
     try:
         app()
     except ExplainedError as error:
-        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/]: {escape(str(error))}", highlight=False)
+        # soft_wrap: a broken path or command cannot be copied.
+        text = f"[bold red]{type(error).__name__}[/]: {escape(str(error))}"
+        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -82,7 +85,7 @@ def train(
     from foundation.config import load
     from foundation.training.run import train as run_training
 
-    console.print(f"run {run_training(load(config, overrides or []), resume=not fresh)}")
+    show("run", run_training(load(config, overrides or []), resume=not fresh))
 
 
 @app.command()
@@ -92,15 +95,18 @@ def evaluate(
     protocol: Annotated[Protocol, typer.Option(help="How the features are judged")] = Protocol.linear,
     test: Annotated[Path | None, typer.Option(help="Catalog of the test split, when it is another one")] = None,
     mode: Annotated[Mode, typer.Option(help="fewshot: frozen encoder or fine-tuning")] = Mode.linear,
-    shots: Annotated[str, typer.Option(help="fewshot: images per class")] = "10,20,40",
-    seeds: Annotated[int, typer.Option(help="fewshot: number of draws")] = 5,
-    crop: Annotated[int | None, typer.Option(help="Centre crop in pixels before resizing (published: 128)")] = None,
+    shots: Annotated[str, typer.Option(help="fewshot: images per class, e.g. 10,20,40")] = "10,20,40",
+    seeds: Annotated[int, typer.Option(min=1, help="fewshot: number of draws")] = 5,
+    crop: Annotated[
+        int, typer.Option(min=0, help="Centre crop in pixels before resizing; 128 as published, 0: none")
+    ] = 128,
     device: Device = "cpu",
 ) -> None:
     """Score an encoder, beside the untrained encoder and the background-only control."""
     from foundation.evaluation.runs import evaluate_run
     from foundation.evaluation.scores import to_table
 
+    check_device(device)
     scores = evaluate_run(
         checkpoint,
         data,
@@ -109,7 +115,7 @@ def evaluate(
         mode=mode.value,
         shots=integers(shots, "--shots"),
         seeds=range(seeds),
-        crop=crop,
+        crop=crop or None,
         device=device,
     )
     console.print(to_table(scores))
@@ -125,11 +131,11 @@ def report(
     """Draw the report of a run again: one self-contained HTML page."""
     from foundation.config import load
     from foundation.evaluation.panels import write_run_report
-    from foundation.training.setup import open_data
+    from foundation.training.setup import training_catalog
     from shards.catalog import load as load_catalog
 
-    catalog = load_catalog(data) if data else open_data(load(run / "config.yaml"))
-    console.print(f"report {write_run_report(run, catalog)}")
+    catalog = load_catalog(data) if data else training_catalog(load(run / "config.yaml"))
+    show("report", write_run_report(run, catalog))
 
 
 @app.command("import")
@@ -140,7 +146,7 @@ def import_checkpoint(
     """Turn a published SAR-JEPA checkpoint into one of this trainer."""
     from foundation.interchange import import_published
 
-    console.print(f"checkpoint {import_published(checkpoint, out)}")
+    show("checkpoint", import_published(checkpoint, out))
 
 
 @app.command()
@@ -200,10 +206,12 @@ def pack(
     labels: Annotated[bool, typer.Option(help="Take folder names as classes")] = True,
     include: Annotated[list[str] | None, typer.Option(help="Only files that match, e.g. '*/images/*'")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="No files that match")] = None,
-    tile: Annotated[int | None, typer.Option(help="Cut larger images into tiles of this side, pixels")] = None,
-    min_std: Annotated[float, typer.Option(help="Leave out tiles flatter than this (see shards.sources.folder)")] = 0.0,
-    min_side: Annotated[int, typer.Option(help="Leave out images with a shorter side, pixels")] = 0,
-    shard_mb: Annotated[int, typer.Option(help="Size of a shard, MB")] = 64,
+    tile: Annotated[int | None, typer.Option(min=2, help="Cut larger images into tiles of this side, pixels")] = None,
+    min_std: Annotated[
+        float, typer.Option(min=0, help="Leave out tiles flatter than this (see shards.sources.folder)")
+    ] = 0.0,
+    min_side: Annotated[int, typer.Option(min=0, help="Leave out images with a shorter side, pixels")] = 0,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard, MB")] = 64,
     on_error: Annotated[OnError, typer.Option(help="skip: list bad files in rejected.jsonl and go on")] = OnError.stop,
 ) -> None:
     """Pack a folder or tar of chips into WebDataset shards, with an index and a catalog."""
@@ -220,7 +228,7 @@ def pack(
             progress=lambda source, count: status.update(f"packing {source}: {count:,}") if count % 100 == 0 else None,
         )
     print_summary(out)
-    console.print(f"catalog {catalog.root / 'catalog.json'}  fingerprint {catalog.fingerprint[:12]}")
+    show("catalog", f"{catalog.root / 'catalog.json'}  fingerprint {catalog.fingerprint[:12]}")
 
 
 @shards_app.command()
@@ -235,7 +243,7 @@ def inspect(
     opened = load(catalog)
     print_summary(catalog)
     target = sheet or opened.root / "contact-sheet.png"
-    console.print(f"contact sheet {contact_sheet(opened, target)}")
+    show("contact sheet", contact_sheet(opened, target))
 
 
 @shards_app.command()
@@ -248,9 +256,9 @@ def verify(
     from shards.index import rebuild as rebuild_indexes
 
     opened = load(catalog)
-    opened.verify()
-    if rebuild:
+    if rebuild:  # first, since a missing index would fail the check
         console.print(f"{rebuild_indexes(opened)} indexes written")
+    opened.verify()
     console.print(f"{opened.samples:,} samples as the catalog says")
 
 
@@ -271,6 +279,11 @@ def synth(
     print_summary(out)
 
 
+def show(what: str, path: Path | str) -> None:
+    """A line that says where something is; never wrapped, so that it can be copied."""
+    console.print(f"{what:<14}{path}", soft_wrap=True, markup=False, highlight=False)
+
+
 def print_summary(path: Path) -> None:
     """The table of a catalog's sources."""
     from shards.catalog import load
@@ -283,10 +296,24 @@ def print_summary(path: Path) -> None:
     console.print(table)
 
 
-def integers(text: str, option: str) -> tuple[int, ...]:
-    """`10,20,40` as numbers."""
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not know or this machine does not have."""
+    import torch
+
     try:
-        return tuple(int(part) for part in text.split(","))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise typer.BadParameter(f"{device!r} cannot be used here: {reason}", param_hint="--device") from error
+
+
+def integers(text: str, option: str) -> tuple[int, ...]:
+    """`10,20,40` as positive numbers."""
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+        if min(numbers) < 1:
+            raise ValueError(text)
+        return numbers
     except ValueError as error:
         raise typer.BadParameter(
             f"{text!r} is not a list of whole numbers such as 10,20,40", param_hint=option

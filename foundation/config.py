@@ -6,12 +6,14 @@ whatever counts time (warm-up, logging, checkpoints, the end) counts images seen
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -76,6 +78,14 @@ class DecoderConfig(Section):
     heads: int = Field(default=16, ge=1, description="attention heads; must divide the width")
 
 
+def one_of(value: str, known: Sequence[str]) -> str:
+    """The value itself; raises ValueError with the known ones, and the nearest, when it is none of them."""
+    if value in known:
+        return value
+    near = difflib.get_close_matches(value, known, n=1)
+    raise ValueError(f"one of {', '.join(known)}" + (f" (did you mean {near[0]}?)" if near else ""))
+
+
 def model_sizes() -> tuple[str, ...]:
     """Names of the size table, looked up only when asked for, so that this file imports no model."""
     return tuple(importlib.import_module("foundation.models.families").FAMILY)
@@ -93,17 +103,12 @@ class ModelConfig(Section):
     @field_validator("size")
     @classmethod
     def _known_size(cls, value: str) -> str:
-        if value not in model_sizes():
-            raise ValueError(f"one of {', '.join(model_sizes())}")
-        return value
+        return one_of(value, model_sizes())
 
     @field_validator("attention")
     @classmethod
     def _known_backend(cls, value: str) -> str:
-        known = ("auto", *importlib.import_module("kernels.rpe_attention").BACKENDS)
-        if value not in known:
-            raise ValueError(f"one of {', '.join(known)}")
-        return value
+        return one_of(value, ("auto", *importlib.import_module("kernels.rpe_attention").BACKENDS))
 
 
 class ObjectiveConfig(Section):
@@ -123,6 +128,11 @@ class ObjectiveConfig(Section):
         default=0.01, gt=0, description="added to the padded image before ratios; amplitude in [0, 1]"
     )
     centre: Literal["include", "exclude"] = Field(default="include", description="centre line of the half windows")
+
+    @field_validator("name")
+    @classmethod
+    def _known_objective(cls, value: str) -> str:
+        return one_of(value, tuple(importlib.import_module("foundation.objectives.registry").OBJECTIVES))
 
 
 class OptimConfig(Section):
@@ -149,7 +159,7 @@ class TrainConfig(Section):
         default=300, ge=1, description="samples per update over all processes; a multiple of data.lanes"
     )
     micro_batch: int | None = Field(
-        default=None, ge=1, description="samples per forward pass and process; null: the largest"
+        default=None, ge=1, description="samples per forward pass and process; null: the whole share of a process"
     )
     engine: str = Field(
         default="auto", min_length=1, description="single, ddp, ...; auto follows how the run was started"
@@ -163,6 +173,11 @@ class TrainConfig(Section):
     keep: int = Field(default=3, ge=1, description="newest checkpoints to keep")
     threads: int | None = Field(default=None, ge=1, description="CPU threads per process; null leaves torch's choice")
 
+    @field_validator("engine")
+    @classmethod
+    def _known_engine(cls, value: str) -> str:
+        return one_of(value, ("auto", *importlib.import_module("foundation.training.engine").ENGINES))
+
 
 class TrackingConfig(Section):
     """Where the numbers of a run go, beside metrics.jsonl."""
@@ -170,6 +185,14 @@ class TrackingConfig(Section):
     mlflow: bool = Field(default=True, description="record the run in MLflow")
     uri: str | None = Field(default=None, description="MLflow server or store; null: a sqlite file in the run root")
     experiment: str = Field(default="foundation", min_length=1, description="MLflow experiment")
+
+    @field_validator("uri")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        """The configuration is saved, reported and passed around; a password in it would be too."""
+        if value and urlsplit(value).username:
+            raise ValueError("an address without user name; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
+        return value
 
 
 class Config(Section):

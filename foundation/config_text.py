@@ -188,7 +188,7 @@ def summary(problems: Sequence[Problem], where: str) -> ConfigError:
     count = f"{len(problems)} error" + "s" * (len(problems) != 1)
     return ConfigError(
         "\n".join([f"Found {count} in {where}:", *(f"  {problem}" for problem in problems)]),
-        do="correct these keys; foundation.config.describe() lists every key with its range, default and unit",
+        do="correct these keys; `foundation list config` shows every key with its range, default and unit",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from rich.console import Console
@@ -21,17 +22,21 @@ def demo(root: Path, console: Console) -> bool:
     if not (corpus / "catalog.json").exists():
         with console.status("writing the synthetic corpus"):
             synthetic.write(corpus)
-    console.print(f"corpus     {corpus}")
-    overrides = [f"data.catalog={corpus}", f"run_root={root}"]
-    run = train(load(CONFIG, overrides))
+    run = train(load(CONFIG, [f"data.catalog={json.dumps(str(corpus))}", f"run_root={json.dumps(str(root))}"]))
     scores: list[Score] = []
     for protocol in ("knn", "linear", "fewshot"):
         with console.status(f"evaluating: {protocol}"):
-            scores = evaluate_run(run, corpus, protocol, shots=(10, 40), seeds=(0, 1, 2, 3, 4))
+            scores = evaluate_run(run, corpus, protocol)
     console.print(to_table(scores))
-    console.print(f"report     {run / 'report.html'}")
-    console.print(f"run        {run}")
-    console.print(f"MLflow     {root / 'mlflow.db'}   (mlflow ui --backend-store-uri sqlite:///{root / 'mlflow.db'})")
+    store = f"sqlite:///{(root / 'mlflow.db').resolve()}"
+    lines = {
+        "corpus": str(corpus),
+        "run": str(run),
+        "report": str(run / "report.html"),
+        "MLflow": f"{root / 'mlflow.db'}  (look: mlflow ui --backend-store-uri {store})",
+    }
+    for name, value in lines.items():
+        console.print(f"{name:<8}{value}", soft_wrap=True, markup=False, highlight=False)
     probe = {s.encoder: s.mean for s in scores if s.protocol == "linear" and s.metric == "accuracy"}
     won = probe["pretrained"] > probe["random-init"]
     ours, untrained = (f"{100 * probe[name]:.1f} %" for name in ("pretrained", "random-init"))

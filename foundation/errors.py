@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from shards.errors import DataError, ExplainedError
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "ExplainedError", "LaunchError", "NumericsError"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "ExplainedError",
+    "LaunchError",
+    "NumericsError",
+    "StorageError",
+]
 
 
 class ConfigError(ExplainedError):
@@ -21,3 +29,7 @@ class NumericsError(ExplainedError):
 
 class LaunchError(ExplainedError):
     """The processes that were started do not form the run that was asked for."""
+
+
+class StorageError(ExplainedError):
+    """A file of a run could not be written or read."""

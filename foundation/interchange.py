@@ -124,7 +124,7 @@ def import_published(path: Path, out: Path) -> Path:
 
 def load_encoder(path: Path | str, device: str = "cpu") -> tuple[ViT, Config]:
     """The encoder of a run folder or checkpoint, with its configuration; evaluation mode."""
-    state = checkpoint.load(Path(path), map_location=device)
+    state = checkpoint.load(Path(path))
     config = from_dict(state["config"])
     encoder = build_encoder(config)
     prefix = "encoder."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from foundation.config import describe
 from foundation.models.families import FAMILY
 from foundation.objectives.registry import OBJECTIVES
 from foundation.training.engine import ENGINES
@@ -22,7 +23,7 @@ def _objectives() -> list[tuple[str, ...]]:
 
 
 def _engines() -> list[tuple[str, ...]]:
-    return [(name, row.description, READY) for name, row in ENGINES.items()]
+    return [(name, row.description, row.unavailable or READY) for name, row in ENGINES.items()]
 
 
 def _attention() -> list[tuple[str, ...]]:
@@ -33,11 +34,16 @@ def _sources() -> list[tuple[str, ...]]:
     return [(name, description, reason or READY) for name, description, reason in source_rows()]
 
 
+def _config() -> list[tuple[str, ...]]:
+    return [(row.path, row.type, str(row.default), row.description) for row in describe()]
+
+
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[], list[tuple[str, ...]]]]] = {
     "models": (("size", "width", "blocks", "heads"), _models),
     "objectives": (("objective", "what it is"), _objectives),
     "engines": (("engine", "what it is", "here"), _engines),
     "attention": (("backend", "what it is", "here"), _attention),
+    "config": (("key", "allowed", "default", "what it is"), _config),
     "sources": (("source", "what it is", "here"), _sources),
 }
 

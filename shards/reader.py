@@ -91,9 +91,14 @@ class Reader:
                     do="restore the file or pack the source again, then resume",
                 )
             return self._open[part]
-        index = open_index(self.catalog.root, shard)
-        with open(self.catalog.root / shard.name, "rb") as file:
-            opened = (mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), index)
+        path = self.catalog.root / shard.name
+        try:
+            index = open_index(self.catalog.root, shard)
+            with open(path, "rb") as file:
+                opened = (mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), index)
+        except OSError as error:
+            what = "missing shard" if isinstance(error, FileNotFoundError) else f"the shard cannot be read: {error}"
+            raise DataError(what, where=str(path), do="restore the file or pack the source again") from error
         self._open[part] = opened
         if len(self._open) > _OPEN_SHARDS:
             self._open.popitem(last=False)

@@ -13,7 +13,7 @@ _PERCENTILES = {"p1": 1.0, "p50": 50.0, "p99": 99.0, "p99_9": 99.9}
 
 
 class Statistics:
-    """Counts over the samples added so far. Not negative values only: a histogram bin is the top 16 bits of a pixel."""
+    """Counts over the samples added so far. Values are not negative; a histogram bin of float32 is the top 16 bits."""
 
     def __init__(self, dtype: np.dtype) -> None:
         self.dtype = dtype
@@ -26,7 +26,7 @@ class Statistics:
 
     def add(self, pixels: np.ndarray, label: str | None) -> None:
         """Count one sample [..., H, W] of this dtype."""
-        flat = pixels.ravel()
+        flat = pixels.ravel() + pixels.dtype.type(0)  # -0.0, whose sign bit would be the highest bin, becomes 0.0
         # The bit pattern of a non-negative float32 grows with its value, so its upper half is a logarithmic bin.
         codes = flat.view(np.uint32) >> 16 if self.dtype == np.float32 else flat
         self.bins += np.bincount(codes, minlength=1 << 16)

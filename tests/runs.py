@@ -47,8 +47,8 @@ def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, s
     try:
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
-        process.kill()
-        output, _ = process.communicate()
+        process.terminate()  # a launcher ends its processes, which hold the pipe too
+        output, _ = process.communicate(timeout=60)
         raise AssertionError(f"the process hangs; it printed\n{output}") from None
     return process.returncode, output
 

@@ -13,12 +13,14 @@ from foundation.config import Config, from_dict, resolved_yaml
 from foundation.errors import DataError
 from foundation.evaluation import report
 from foundation.evaluation.attention import attention_distances
-from foundation.evaluation.scores import from_json
+from foundation.evaluation.scores import Score, from_rows
+from foundation.files import read_json
 from foundation.objectives.reconstruction import MaskedReconstruction
 from foundation.objectives.registry import build
 from foundation.objectives.targets import unpatchify
 from foundation.training import checkpoint
 from foundation.training.meters import environment
+from foundation.training.setup import ENVIRONMENT
 from shards.augment import resize_center
 from shards.catalog import Catalog
 from shards.stream import Batch, Reader
@@ -29,22 +31,27 @@ SCORES = "scores.json"
 def write_run_report(run: Path, catalog: Catalog) -> Path:
     """Draw the figures of a run from its newest checkpoint and images of `catalog`, and write its `report.html`.
 
-    Raises CheckpointError without a checkpoint, DataError without metrics.
+    Raises CheckpointError without a checkpoint, StorageError when a file of the run cannot be read or written.
     """
     state = checkpoint.load(run)
     config = from_dict(state["config"])
     metrics = read_metrics(run)
-    scores_file = run / SCORES
-    scores = from_json(scores_file.read_text()) if scores_file.exists() else []
+    record = run / ENVIRONMENT
     return report.write_report(
         run,
         metrics=[{**row, "samples": row["position"]} for row in metrics],
         panels=model_panels(config, state["model"], catalog, run / "figures"),
-        scores=scores,
+        scores=read_scores(run),
         config_yaml=resolved_yaml(config),
-        environment=environment(),
+        environment=read_json(record) if record.exists() else environment(),
         title=f"{config.name}: {config.objective.name}, {config.model.size}/{config.model.patch}",
     )
+
+
+def read_scores(run: Path) -> list[Score]:
+    """The scores kept with a run."""
+    file = run / SCORES
+    return from_rows(read_json(file)) if file.exists() else []
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -74,8 +81,9 @@ def model_panels(
     distances = attention_distances(model.encoder, images)
     masks, targets, predictions = reconstruct(objective, model, images[:count])
     radii = config.objective.radii
+    shown = f"images of {', '.join(source.name for source in catalog.sources)}"
     return {
-        "Target per scale": report.target_panels(images[:count], targets, radii, folder / "targets.png"),
+        f"Target per scale ({shown})": report.target_panels(images[:count], targets, radii, folder / "targets.png"),
         "Reconstruction of masked patches": report.reconstruction_panels(
             images[:count], masks, targets, predictions, folder / "reconstructions.png", radii
         ),

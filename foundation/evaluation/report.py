@@ -10,6 +10,7 @@ from typing import Any
 from foundation.evaluation.attention import attention_figure
 from foundation.evaluation.figures import curve_figure, reconstruction_panels, score_figure, target_panels
 from foundation.evaluation.scores import HEADER, Score
+from foundation.files import write_whole
 from shards.errors import DataError
 
 __all__ = [
@@ -61,8 +62,7 @@ def write_report(
         environment=environment,
     )
     path = run_folder / "report.html"
-    path.write_text(html, encoding="utf-8")
-    return path
+    return write_whole(path, html)
 
 
 def _facts(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:

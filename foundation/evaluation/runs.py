@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from foundation.config import Config
-from foundation.errors import CheckpointError
+from foundation.errors import CheckpointError, ConfigError, DataError
 from foundation.evaluation import fewshot
 from foundation.evaluation.features import Progress
-from foundation.evaluation.panels import SCORES, write_run_report
-from foundation.evaluation.scores import Score, from_json, to_json
+from foundation.evaluation.panels import SCORES, read_scores, write_run_report
+from foundation.evaluation.scores import Score, to_json, to_markdown
 from foundation.evaluation.suite import RANDOM, evaluate
+from foundation.files import write_whole
 from foundation.interchange import load_encoder, random_encoder
 from foundation.training import checkpoint
 from foundation.training.mlflow_sink import MlflowSink
+from foundation.training.setup import training_catalog
+from shards.audit import overlap
+from shards.catalog import Catalog
 from shards.catalog import load as load_catalog
 
 
@@ -34,11 +40,21 @@ def evaluate_run(
 ) -> list[Score]:
     """Evaluate the encoder at `path` (run folder or checkpoint) on the catalog `data`, train split against test split.
 
-    The scores join those in the run's `scores.json`, replacing the same protocol, and the run's report and MLflow run
-    are brought up to date. Returns all scores of the run.
+    Every score records its weights (samples seen), data and whether the encoder was pretrained on test images. The
+    scores join those in the run's `scores.json` and `.md`, replacing the same measurement, and the run's report and
+    MLflow run are brought up to date. Returns all scores of the run.
     """
     encoder, config = load_encoder(path, device)
-    catalog = load_catalog(data)
+    state = checkpoint.load(path)
+    catalog, tested = load_catalog(data), load_catalog(test or data)
+    pictures = training_data(config)
+    origin = {
+        "weights": f"{state['position']:,} samples",
+        "data": f"{data.resolve().name} {tested.select('test').fingerprint[:8]}",
+        "train_data": catalog.select("train").fingerprint,
+        "pretrained_on_test_images": leaked(pictures, tested.select("test")),
+        "random_init": f"one initialisation, seed {config.seed}; the interval does not cover it",
+    }
     found = evaluate(
         {"pretrained": encoder, RANDOM: random_encoder(config, config.seed, device)},
         catalog,
@@ -48,41 +64,50 @@ def evaluate_run(
         shots=shots,
         seeds=seeds,
         crop=crop,
-        test_catalog=load_catalog(test) if test else None,
+        test_catalog=tested,
         device=device,
         progress=progress,
     )
-    run = run_folder(path)
-    names = {score.protocol for score in found}
-    scores = [*(s for s in read_scores(run) if s.protocol not in names), *found]
-    (run / SCORES).write_text(to_json(scores))
-    page = write_run_report(run, catalog)
-    run_id = checkpoint.load(path).get("run_id")
-    if run_id and config.tracking.mlflow:
-        publish(config.model_copy(update={"run_root": str(run.parent)}), run_id, found, [page, run / SCORES])
+    found = [replace(score, settings={**score.settings, **origin}) for score in found]
+    run, new = run_folder(path), {measurement(score) for score in found}
+    scores = [*(s for s in read_scores(run) if measurement(s) not in new), *found]
+    files = [write_whole(run / SCORES, to_json(scores)), write_whole(run / "scores.md", to_markdown(scores))]
+    files.append(write_run_report(run, pictures or catalog))
+    if state.get("run_id") and config.tracking.mlflow:
+        where = config.model_copy(update={"run_root": str(run.parent)})
+        publish(where, state["run_id"], int(state["position"]), found, files)
     return scores
 
 
-def publish(config: Config, run_id: str, scores: Sequence[Score], files: Sequence[Path]) -> None:
-    """Add scores and files to the MLflow run of the encoder; a store that is down costs a line, not the scores."""
-    sink = MlflowSink.open(config, run_id, print)
+def training_data(config: Config) -> Catalog | None:
+    """The catalog the encoder was trained on, if it is named and still there."""
+    try:
+        return training_catalog(config)
+    except (ConfigError, DataError):
+        return None
+
+
+def leaked(learnt: Catalog | None, tested: Catalog) -> int | str:
+    """How many test images were among the pretraining images, by content hash."""
+    return "not checked: the pretraining catalog is not at hand" if learnt is None else len(overlap(learnt, tested))
+
+
+def measurement(score: Score) -> tuple[Any, ...]:
+    """What makes two scores the same measurement."""
+    keys = ("weights", "data", "train_data", "crop", "image_size")
+    return score.encoder, score.protocol, score.metric, *(score.settings.get(key) for key in keys)
+
+
+def publish(config: Config, run_id: str, position: int, scores: Sequence[Score], files: Sequence[Path]) -> None:
+    """Add scores and files to the encoder's MLflow run; a store that is down costs a line, not the scores."""
+    sink = MlflowSink.open(config, run_id, print, running=False)
     if sink is None:
         return
-    sink.metrics(config.train.samples, time.time(), {metric_name(score): score.mean for score in scores})
+    names = {f"{s.protocol}/{s.encoder}/{s.metric}": s.mean for s in scores}
+    sink.metrics(position, time.time(), names)
     for file in files:
         sink.artifact(file, "")
-    sink.close("FINISHED")
-
-
-def metric_name(score: Score) -> str:
-    """A name that MLflow accepts: letters, digits, and `_-. /`."""
-    return f"{score.protocol}/{score.encoder}/{score.metric}".replace("%", "")
-
-
-def read_scores(run: Path) -> list[Score]:
-    """The scores kept with a run."""
-    file = run / SCORES
-    return from_json(file.read_text()) if file.exists() else []
+    sink.close(None)
 
 
 def run_folder(path: Path) -> Path:
@@ -90,6 +115,4 @@ def run_folder(path: Path) -> Path:
     for folder in (path, *path.resolve().parents):
         if (folder / "checkpoints").is_dir():
             return folder
-    raise CheckpointError(
-        "this checkpoint does not lie in a run folder", where=str(path), do="name RUN or its checkpoint"
-    )
+    raise CheckpointError("this checkpoint lies in no run folder", where=str(path), do="name RUN or its checkpoint")

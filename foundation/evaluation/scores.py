@@ -16,7 +16,7 @@ from shards.addressed import bits
 if TYPE_CHECKING:
     from rich.table import Table
 
-HEADER = ("encoder", "protocol", "metric", "score", "95 % interval", "seeds", "test images")
+HEADER = ("encoder", "protocol", "metric", "score", "95 % interval", "seeds", "test images", "weights, data")
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class Score:
         interval = f"{100 * self.low:.1f} – {100 * self.high:.1f}"
         seeds = str(len(self.seeds)) if len(self.seeds) > 1 else "bootstrap"
         number = f"{100 * self.mean:.1f} %"
-        return self.encoder, self.protocol, self.metric, number, interval, seeds, str(self.n_test)
+        origin = ", ".join(str(self.settings[key]) for key in ("weights", "data") if key in self.settings)
+        return self.encoder, self.protocol, self.metric, number, interval, seeds, str(self.n_test), origin
 
 
 def accuracy(y: Tensor, predicted: Tensor) -> float:
@@ -107,7 +108,11 @@ def to_json(scores: Sequence[Score]) -> str:
 
 def from_json(text: str) -> list[Score]:
     """The scores that `to_json` wrote."""
-    rows = json.loads(text)
+    return from_rows(json.loads(text))
+
+
+def from_rows(rows: Sequence[dict[str, Any]]) -> list[Score]:
+    """The scores of parsed JSON."""
     return [Score(**{**row, "seeds": tuple(row["seeds"]), "per_seed": tuple(row["per_seed"])}) for row in rows]
 
 

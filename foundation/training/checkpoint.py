@@ -119,6 +119,30 @@ def latest(folder: Path) -> tuple[Path | None, list[str]]:
     return None, skipped
 
 
+def restore(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The newest checkpoint that can be read whole, its state, and «name: reason» for every one passed over.
+
+    Without any checkpoint: (None, {}, reasons). Raises CheckpointError when there are committed ones and none is
+    usable: starting anew over their run is the user's decision.
+    """
+    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    skipped = latest(folder)[1] if folder.is_dir() else []
+    committed = [path for path in _candidates(folder) if (path / "COMMIT").is_file()]
+    for path in committed:
+        try:
+            return path, load(path), skipped
+        except CheckpointError as error:
+            line = f"{path.name}: {error.what}"
+            skipped = [*(s for s in skipped if not s.startswith(f"{path.name}:")), line]
+    if committed:
+        raise CheckpointError(
+            f"none of the {len(committed)} checkpoints can be used: {'; '.join(skipped)}",
+            where=str(folder),
+            do="repair or remove them; without them the run starts anew",
+        )
+    return None, {}, skipped
+
+
 def load(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """The state in a checkpoint; `path` is a run folder, a checkpoints folder (newest valid one) or one checkpoint.
 

@@ -37,11 +37,8 @@ class Engine:
         return value
 
     def sum_int(self, value: int) -> int:
-        """The sum of an integer over all processes, modulo 2^63."""
-        return value & ((1 << 63) - 1)
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
+        """The sum of an integer below 2^48 over all processes."""
+        return value
 
     def close(self) -> None:
         """Leave the process group."""
@@ -89,14 +86,10 @@ class DDP(Engine):
         return value / self.world_size
 
     def sum_int(self, value: int) -> int:
-        """All-reduced wrapping sum."""
+        """All-reduced sum, which is also a barrier."""
         total = torch.tensor(value, dtype=torch.int64, device=self.device)
         dist.all_reduce(total)
-        return int(total) & ((1 << 63) - 1)
-
-    def barrier(self) -> None:
-        """Wait for all processes."""
-        dist.barrier()
+        return int(total)
 
     def close(self) -> None:
         """Destroy the group, so that a finished run leaves no socket behind."""
@@ -104,15 +97,17 @@ class DDP(Engine):
 
 
 class Row(NamedTuple):
-    """An engine and what it is for."""
+    """An engine, what it is for, and why it cannot run here ('' when it can)."""
 
     start: Callable[[], Engine]
     description: str
+    unavailable: str = ""
 
 
+NO_GROUPS = "" if dist.is_available() else "this torch was built without torch.distributed"
 ENGINES = {
     "single": Row(Engine, "one process, one device"),
-    "ddp": Row(DDP, "replicas with averaged gradients; torchrun or accelerate launch start the processes"),
+    "ddp": Row(DDP, "replicas with averaged gradients; torchrun or accelerate launch start the processes", NO_GROUPS),
 }
 
 

@@ -18,7 +18,7 @@ import torch
 class Throughput:
     """Images per second and the share of time spent waiting for data, from one `read` to the next.
 
-    `clock` gives seconds. The numbers are of this process; multiply by the number of processes for the run.
+    `clock` gives seconds. The images are those the caller counts: the run counts global batches.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:

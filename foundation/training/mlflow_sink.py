@@ -45,8 +45,13 @@ class MlflowSink:
         self._thread.start()
 
     @classmethod
-    def open(cls, config: Config, run_id: str | None, note: Callable[[str], None]) -> MlflowSink | None:
-        """Start or continue the run; None, after one line of text, when the store cannot be used."""
+    def open(
+        cls, config: Config, run_id: str | None, note: Callable[[str], None], running: bool = True
+    ) -> MlflowSink | None:
+        """Start or continue the run; None, after one line of text, when the store cannot be used.
+
+        `running=False` adds to a run and leaves its status alone; end with `close(None)`.
+        """
         for name, value in _DEFAULTS.items():
             os.environ.setdefault(name, value)
         for name in ("mlflow", "alembic", "urllib3.connectionpool"):
@@ -61,7 +66,7 @@ class MlflowSink:
         errors = (exceptions.MlflowException, OSError, *_sql_errors())
         try:
             client = client_class(tracking_uri=uri)
-            return cls(client, _run(client, config, run_id), note, errors)
+            return cls(client, _run(client, config, run_id, running), note, errors)
         except (*errors, ImportError) as error:
             note(
                 f"MLflow is off: {_hidden(uri)} cannot be used ({_short(error)}); metrics.jsonl is complete without it"
@@ -76,8 +81,8 @@ class MlflowSink:
         """Queue a file."""
         self._queue.put(("artifact", (str(path), folder or None)))
 
-    def close(self, status: str) -> None:
-        """Send what is left, set the status; gives up after CLOSE_SECONDS."""
+    def close(self, status: str | None) -> None:
+        """Send what is left, set the status if one is given; gives up after CLOSE_SECONDS."""
         self._queue.put(("end", status))
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
@@ -105,7 +110,8 @@ class MlflowSink:
                 if kind == "artifact":
                     self._jobs.append(partial(self._client.log_artifact, self.run_id, *item))
                 elif kind == "end":
-                    self._jobs.append(partial(self._client.set_terminated, self.run_id, item))
+                    if item is not None:
+                        self._jobs.append(partial(self._client.set_terminated, self.run_id, item))
                     ended = True
             if ended or self._failed_at is None or time.monotonic() - self._failed_at >= RETRY_SECONDS:
                 self._send()
@@ -127,12 +133,15 @@ class MlflowSink:
         self._failed_at = None
 
 
-def _run(client: Any, config: Config, run_id: str | None) -> str:
+def _run(client: Any, config: Config, run_id: str | None, running: bool) -> str:
     """The id of the run to write to: the resumed one when the store knows it, else a new one."""
     exceptions = importlib.import_module("mlflow.exceptions")
     if run_id:
         try:
-            client.update_run(run_id, status="RUNNING")
+            if running:
+                client.update_run(run_id, status="RUNNING")
+            else:
+                client.get_run(run_id)
             return run_id
         except exceptions.MlflowException as error:
             if _code(error) != "RESOURCE_DOES_NOT_EXIST":

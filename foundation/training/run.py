@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,15 @@ from foundation.training.setup import (
     refuse_overwrite,
     restore,
     save,
-    write_config,
+    write_record,
 )
 from foundation.training.step import Learner, train_step
 from foundation.training.tracking import Status, Tracker, open_tracker
 from shards.addressed import bits
 from shards.catalog import Catalog
 from shards.stream import Batch, Stream, explained_deaths
+
+HASH_MASK = (1 << 48) - 1  # exact as a float64, which is what trackers keep
 
 
 def train(config: Config, resume: bool = True) -> Path:
@@ -52,8 +54,7 @@ def _train(config: Config, engine: engines.Engine, resume: bool) -> Path:
     state, notes = restore(learner, catalog, folder) if resume else (None, refuse_overwrite(folder))
     position = state["position"] if state else 0
     train = config.train
-    if engine.rank == 0:
-        write_config(config)
+    record = write_record(learner, catalog) if engine.rank == 0 else []
     stream = Stream(
         catalog,
         seed=config.seed,
@@ -70,6 +71,8 @@ def _train(config: Config, engine: engines.Engine, resume: bool) -> Path:
     tracker = open_tracker(config, rank=engine.rank, position=position, run_id=state["run_id"] if state else None)
     status: Status = "FAILED"
     try:
+        for file in record:
+            tracker.artifact(file)
         for line in [*notes, *describe(learner, catalog)]:
             tracker.note(line)
         with explained_deaths():
@@ -99,19 +102,16 @@ def loop(learner: Learner, catalog: Catalog, stream: Stream, tracker: Tracker, p
     config, engine = learner.config, learner.engine
     train, end = config.train, last_position(config)
     meter = Throughput()
-    seen = 0  # order-free hash of the sample ids since the last line: equal for every world size
     steps = whole_steps(stream, train.global_batch // engine.world_size)
     while position < end:
         with meter.waiting():
             batches = next(steps)
         values = train_step(learner, batches, position)
-        seen += sum(sample_hash(batch) for batch in batches)
         position += train.global_batch
         meter.update(train.global_batch)
         finished = position >= end
         if finished or crossed(position, train.log_every, train.global_batch):
-            tracker.log(position, reduce_metrics(learner, values, position, seen) | meter.read())
-            seen = 0
+            tracker.log(position, reduce_metrics(learner, values, position, batches) | meter.read())
         if finished or crossed(position, train.checkpoint_every, train.global_batch):
             save(learner, catalog, tracker.run_id, position)
 
@@ -131,15 +131,18 @@ def whole_steps(stream: Stream, share: int) -> Iterator[list[Batch]]:
             batches = []
 
 
-def sample_hash(batch: Batch) -> int:
-    """A number that two runs share only if they put the same samples at the same positions."""
-    return int(bits(0, "trace", batch.position * (1 << 31) + batch.sample_id, 1).sum()) & ((1 << 62) - 1)
+def sample_hash(batches: Sequence[Batch]) -> int:
+    """48 bits that two runs share only if they put the same samples at the same positions; the order does not enter."""
+    each = (bits(0, "trace", batch.position * (1 << 31) + batch.sample_id, 1) for batch in batches)
+    return sum(int((b >> 15).sum()) for b in each) & HASH_MASK
 
 
-def reduce_metrics(learner: Learner, values: dict[str, Tensor], position: int, seen: int) -> dict[str, Any]:
-    """This update's scalars, averaged over all ranks, as Python numbers."""
+def reduce_metrics(
+    learner: Learner, values: dict[str, Tensor], position: int, batches: Sequence[Batch]
+) -> dict[str, Any]:
+    """This update's scalars, averaged over all ranks, and the hash of its samples over all ranks."""
     names = sorted(values)
     means = learner.engine.mean(torch.stack([values[name].double() for name in names])).tolist()
-    trace = learner.engine.sum_int(seen)
+    trace = learner.engine.sum_int(sample_hash(batches)) & HASH_MASK
     lr = learner.lr(position - learner.config.train.global_batch)
-    return {**dict(zip(names, means, strict=True)), "lr": lr, "samples_hash": trace & ((1 << 48) - 1)}
+    return {**dict(zip(names, means, strict=True)), "lr": lr, "samples_hash": trace}

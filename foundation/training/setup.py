@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +11,23 @@ import torch
 
 from foundation.config import Config, config_hash, resolved_yaml, to_dict
 from foundation.errors import CheckpointError, ConfigError
+from foundation.files import write_whole
 from foundation.objectives.registry import build
 from foundation.training import checkpoint
 from foundation.training import engine as engines
+from foundation.training.meters import environment
 from foundation.training.optim import build_optimizer, rule_table
 from foundation.training.step import Learner
+from kernels.rpe_attention import resolve
+from shards.audit import refuse_overlap
 from shards.augment import Augment
 from shards.catalog import Catalog
 from shards.catalog import load as load_catalog
 
+ENVIRONMENT = "environment.json"
 
-def open_data(config: Config) -> Catalog:
+
+def training_catalog(config: Config) -> Catalog:
     """The catalog's training splits. Raises ConfigError when none is named, DataError when it cannot be used."""
     if config.data.catalog is None:
         raise ConfigError(
@@ -28,6 +36,18 @@ def open_data(config: Config) -> Catalog:
             do="data.catalog=PATH; make one with `foundation shards pack` or `foundation shards synth`",
         )
     return load_catalog(Path(config.data.catalog)).select(config.data.splits)
+
+
+def open_data(config: Config) -> Catalog:
+    """The training splits, after a check that none of their images is a test image of the same catalog.
+
+    Raises ConfigError, and DataError for a catalog that cannot be used or leaks.
+    """
+    learnt = training_catalog(config)
+    whole = load_catalog(learnt.root)
+    if any(source.split == "test" for source in whole.sources):
+        refuse_overlap(learnt, whole.select("test"))
+    return learnt
 
 
 def build_learner(config: Config, engine: engines.Engine) -> Learner:
@@ -78,7 +98,7 @@ def describe(learner: Learner, catalog: Catalog) -> list[str]:
         f"data: {catalog.samples:,} samples in {len(catalog.sources)} sources, fingerprint {catalog.fingerprint[:12]}, "
         f"{last_position(config) / catalog.samples:.1f} passes",
         f"model: {config.objective.name}, {config.model.size}/{config.model.patch}, {count:,} parameters, "
-        f"attention {config.model.attention}, {config.train.precision}",
+        f"attention {resolve(config.model.attention, engine.device.type)}, {config.train.precision}",
         f"engine: {engine.name}, {engine.world_size} process(es) on {engine.device.type}, global batch "
         f"{config.train.global_batch} = {engine.world_size} x {micro} x {accumulated} accumulated",
         f"config: {config_hash(config)}",
@@ -115,18 +135,25 @@ def save(learner: Learner, catalog: Catalog, run_id: str | None, position: int) 
 def restore(learner: Learner, catalog: Catalog, folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """Load the newest valid checkpoint of this run, if any, and say what was skipped on the way.
 
-    Raises CheckpointError when data, seed, order or schedule differ from those of the checkpoint: a resume that
-    silently sees other samples is not one.
+    Raises CheckpointError when what decides samples, task or schedule differs from the checkpoint: a resume that
+    silently sees other samples is not one. Processes, workers, precision and backends may change.
     """
-    path, skipped = checkpoint.latest(folder / "checkpoints")
+    path, state, skipped = checkpoint.restore(folder)
     notes = [f"skipped checkpoint {reason}" for reason in skipped]
     if path is None:
         return None, notes
-    state = checkpoint.load(path, map_location="cpu")
+    if "optimizer" not in state:
+        raise CheckpointError(
+            "this run folder holds an imported encoder, not a run that can go on",
+            where=str(folder),
+            do="choose another `name` or run_root",
+        )
     config = learner.config
     then, now = state["config"], to_dict(config)
-    fixed = [("seed",), ("data", "lanes"), ("data", "block_shards"), ("train", "global_batch"), ("train", "samples")]
-    fixed += [("objective", key) for key in now["objective"]]
+    fixed = [("seed",), ("train", "global_batch"), ("train", "samples")]
+    fixed += [("data", key) for key in now["data"] if key not in ("catalog", "workers", "splits")]
+    fixed += [("model", key) for key in now["model"] if key != "attention"]
+    fixed += [(section, key) for section in ("objective", "optim") for key in now[section]]
     differing = [".".join(keys) for keys in fixed if dig(then, keys) != dig(now, keys)]
     if state["fingerprint"] != catalog.fingerprint:
         differing.append("data.catalog (fingerprint)")
@@ -162,14 +189,22 @@ def refuse_overwrite(folder: Path) -> list[str]:
     return []
 
 
-def write_config(config: Config) -> None:
-    """Save the resolved configuration with the run. Raises ConfigError when the run folder cannot be written."""
-    try:
-        config.run_folder.mkdir(parents=True, exist_ok=True)
-        (config.run_folder / "config.yaml").write_text(resolved_yaml(config))
-    except OSError as error:
-        raise ConfigError(
-            f"the run folder cannot be written: {error.strerror}",
-            where=str(config.run_folder),
-            do="change run_root or name, or correct the permissions",
-        ) from error
+def write_record(learner: Learner, catalog: Catalog) -> list[Path]:
+    """Save what the run is: the resolved configuration, and the environment with what `auto` and null stand for.
+
+    Raises StorageError when the run folder cannot be written.
+    """
+    config, engine = learner.config, learner.engine
+    resolved = {
+        "engine": engine.name,
+        "world_size": engine.world_size,
+        "micro_batch": micro_batch(config, engine.world_size),
+        "attention": resolve(config.model.attention, engine.device.type),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "data": f"{config.data.catalog}, fingerprint {catalog.fingerprint}",
+        "config_hash": config_hash(config),
+    }
+    record = json.dumps({**environment(), **resolved}, indent=1)
+    folder = config.run_folder
+    return [write_whole(folder / "config.yaml", resolved_yaml(config)), write_whole(folder / ENVIRONMENT, record)]

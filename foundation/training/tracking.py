@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from foundation.config import Config
-from foundation.errors import ConfigError
+from foundation.errors import ConfigError, StorageError
 from foundation.training.mlflow_sink import MlflowSink
 
 if TYPE_CHECKING:
@@ -68,8 +68,15 @@ class RunTracker(Tracker):
         now = time.time()
         numbers = {name: float(value) for name, value in metrics.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        self._lines.write(json.dumps({"position": position, "time": round(now, 3), **finite}) + "\n")
-        self._lines.flush()
+        try:
+            self._lines.write(json.dumps({"position": position, "time": round(now, 3), **finite}) + "\n")
+            self._lines.flush()
+        except OSError as error:
+            raise StorageError(
+                f"metrics.jsonl cannot be written: {error.strerror}",
+                where=self._lines.name,
+                do="free space; the run resumes from its last checkpoint by the same command",
+            ) from error
         self._show(position, numbers)
         if self._mlflow:
             self._mlflow.metrics(position, now, numbers)

@@ -29,6 +29,11 @@ BACKENDS = {
 }
 
 
+def resolve(backend: str, device_type: str) -> str:
+    """The backend that `auto` stands for on a device type; any other name is itself."""
+    return ("dense" if device_type == "cpu" else "sdpa") if backend == "auto" else backend
+
+
 def rpe_attention(
     q: Tensor,
     k: Tensor,
@@ -51,7 +56,7 @@ def rpe_attention(
         raise ValueError(f"{length} tokens do not fit a {grid[0]}x{grid[1]} grid with {cls_tokens} class tokens")
     if table.shape[0] not in (1, q.shape[1]) or table.shape[1] != dim:
         raise ValueError(f"table {tuple(table.shape)} fits neither 1 nor {q.shape[1]} heads of size {dim}")
-    name = ("dense" if q.device.type == "cpu" else "sdpa") if backend == "auto" else backend
+    name = resolve(backend, q.device.type)
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}: choose auto, {', '.join(BACKENDS)}")
     return BACKENDS[name].run(q, k, v, table, grid, cls_tokens, dim**-0.5 if qk_scale is None else qk_scale, rpe_scale)

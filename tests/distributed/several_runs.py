@@ -1,6 +1,6 @@
 """A program for torchrun: trains several configurations, one after another, and notes the weights of every rank.
 
-python -m torch.distributed.run ... several_runs.py YAML OVERRIDE ... -- OVERRIDE ...
+python -m torch.distributed.run ... several_runs.py YAML PORT OVERRIDE ... -- PORT OVERRIDE ...
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ def main(yaml: str, *arguments: str) -> None:
 
     running.loop = noting_loop
     groups = itertools.groupby(arguments, lambda argument: argument == "--")
-    for overrides in (list(group) for separator, group in groups if not separator):
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # it still holds the addresses of the run before
+    for port, *overrides in (list(group) for separator, group in groups if not separator):
+        os.environ["MASTER_PORT"] = port
         running.train(load(Path(yaml), overrides))
-        # The next group of processes meets at a place of its own in the launcher's store.
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(int(os.environ["TORCHELASTIC_RESTART_COUNT"]) + 1)
 
 
 if __name__ == "__main__":

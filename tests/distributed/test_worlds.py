@@ -1,7 +1,8 @@
-"""The number of processes is not part of a run: 1, 2 and 4 see the same samples, and one may go on where another stopped."""
+"""The number of processes is not part of a run: 1, 2 and 4 see the same samples and go on where another stopped."""
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,14 @@ WORLDS = (2, 4)
 
 
 def torchrun(world: int, *arguments: object) -> tuple[int, str]:
-    return finish(
-        start("--standalone", f"--nproc-per-node={world}", *arguments, program=("-m", "torch.distributed.run"))
-    )
+    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}")
+    return finish(start(*arguments, program=launcher))
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +36,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Path:
     tiny = finished.parents[1] / "tiny.yaml"
     for world, workers in zip(WORLDS, (1, 0), strict=True):
         interrupted(finished, root / f"resumed-{world}", 48)
-        whole = (f"run_root={root}", f"name=whole-{world}", f"data.workers={workers}")
-        resumed = (f"run_root={root}", f"name=resumed-{world}", f"data.workers={2 - workers}")
+        whole = (free_port(), f"run_root={root}", f"name=whole-{world}", f"data.workers={workers}")
+        resumed = (free_port(), f"run_root={root}", f"name=resumed-{world}", f"data.workers={2 - workers}")
         code, output = torchrun(world, SCRIPT, tiny, *whole, "--", *resumed)
         assert code == 0, output
         assert f"engine: ddp, {world} process(es)" in output

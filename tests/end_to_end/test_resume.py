@@ -14,7 +14,7 @@ import pytest
 from runs import finish, interrupted, position, record, same_state, start, wait
 
 from foundation.config import Config
-from foundation.training.checkpoint import latest
+from foundation.training.checkpoint import latest, load, save
 from foundation.training.run import train
 from shards import catalog as catalogs
 from shards import synthetic
@@ -71,6 +71,9 @@ def test_a_finished_run_is_not_trained_again(tiny_config: Make, finished: Path) 
         ("train.samples=192", "train.samples"),
         ("objective.mask_ratio=0.5", "objective.mask_ratio"),
         ("objective.draw=shared", "objective.draw"),
+        ("optim.lr=1", "optim.lr"),
+        ("data.flip=0", "data.flip"),
+        ("model.size=tiny", "model.size"),
         ("data.catalog", "data.catalog (fingerprint)"),
     ],
 )
@@ -125,26 +128,51 @@ def test_an_unfinished_checkpoint_is_skipped_and_named(
     assert latest(run)[0] == run / "checkpoints" / "samples-000000000096"
 
 
-def test_a_damaged_checkpoint_is_refused(tiny_config: Make, finished: Path, command: Command, tiny_yaml: Path) -> None:
-    run = interrupted(finished, tiny_config().run_folder, 16)
-    state = run / "checkpoints" / "samples-000000000016" / "state.pt"
-    data = bytearray(state.read_bytes())
+def damage(checkpoint: Path) -> None:
+    data = bytearray((checkpoint / "state.pt").read_bytes())
     data[len(data) // 2] ^= 1
-    state.write_bytes(data)
+    (checkpoint / "state.pt").write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_skipped_and_named(
+    tiny_config: Make, finished: Path, command: Command, tiny_yaml: Path
+) -> None:
+    run = interrupted(finished, tiny_config().run_folder, 64)
+    damage(run / "checkpoints" / "samples-000000000064")
+    code, _, err = command("train", tiny_yaml)
+    assert code == 0
+    reason = "the checkpoint is damaged: the sha256 of state.pt differs from the manifest"
+    assert f"skipped checkpoint samples-000000000064: {reason}" in err
+    assert "resumed from samples-000000000048" in err
+    assert record(run) == record(finished)
+    assert same_state(run, finished)
+
+
+def test_when_every_checkpoint_is_damaged_nothing_is_overwritten(
+    tiny_config: Make, finished: Path, command: Command, tiny_yaml: Path
+) -> None:
+    run = interrupted(finished, tiny_config().run_folder, 16)
+    damage(run / "checkpoints" / "samples-000000000016")
     code, _, err = command("train", tiny_yaml)
     assert code == 2
-    assert "CheckpointError: the checkpoint is damaged: the sha256 of state.pt differs from the manifest" in err
+    assert "CheckpointError: none of the 1 checkpoints can be used: samples-000000000016: " in err
+    assert "repair or remove them; without them the run starts anew" in err
+    assert record(run) == record(finished)
 
 
 def test_the_checkpoint_of_another_model_is_refused(
     tiny_config: Make, finished: Path, command: Command, tiny_yaml: Path
 ) -> None:
     run = interrupted(finished, tiny_config().run_folder, 48)
-    code, _, err = command("train", tiny_yaml, "model.size=tiny")
+    state = load(run)
+    state["model"]["encoder.cls_token"] = state["model"]["encoder.cls_token"][..., :64]
+    state["model"]["encoder.extra"] = state["model"].pop("mask_token")
+    save(run / "checkpoints", state, 48)
+    code, _, err = command("train", tiny_yaml)
     assert code == 2
     assert "CheckpointError: the checkpoint is of another model; " in err
-    assert "missing: encoder.blocks.6." in err
-    assert "of another shape: " in err
-    assert "encoder.cls_token [1, 1, 96], not [1, 1, 192]" in err
+    assert "1 missing: mask_token" in err
+    assert "1 unexpected: encoder.extra" in err
+    assert "1 of another shape: encoder.cls_token [1, 1, 64], not [1, 1, 96]" in err
     assert "use the configuration of that checkpoint's run, or another checkpoint" in err
     assert record(run) == record(finished)

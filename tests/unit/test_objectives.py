@@ -217,12 +217,5 @@ def test_the_default_objective_is_registered_with_a_description() -> None:
 
 def test_an_unknown_objective_is_answered_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError) as caught:
-        build(config({"name": "sarjepa"}))
-    text = str(caught.value)
-    assert "unknown objective 'sarjepa'" in text
-    assert "where: objective.name" in text
-    assert "did you mean 'sar-jepa'?" in text
-    with pytest.raises(ConfigError) as caught:
-        build(config({"name": "zzz"}))
-    assert "did you mean" not in str(caught.value)
-    assert "choose one of: sar-jepa" in str(caught.value)
+        config({"name": "sarjepa"})
+    assert "objective.name = 'sarjepa': one of sar-jepa (did you mean sar-jepa?)" in str(caught.value)

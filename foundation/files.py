@@ -1,0 +1,34 @@
+"""Small text files of a run, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from foundation.errors import StorageError
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write `text` under a temporary name, then rename: a full disk leaves the old file. Raises StorageError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise StorageError(
+            f"{path.name} cannot be written: {error.strerror or error}",
+            where=str(path.parent),
+            do="free space, correct the permissions, or change run_root or name",
+        ) from error
+    return path
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in a file. Raises StorageError when it cannot be read or is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path.name} cannot be read: {error}", where=str(path), do="delete it") from error
