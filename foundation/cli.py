@@ -107,17 +107,19 @@ def evaluate(
     from foundation.evaluation.scores import to_table
 
     check_device(device)
-    scores = evaluate_run(
-        checkpoint,
-        data,
-        protocol.value,
-        test=test,
-        mode=mode.value,
-        shots=integers(shots, "--shots"),
-        seeds=range(seeds),
-        crop=crop or None,
-        device=device,
-    )
+    with console.status("evaluating") as status:
+        scores = evaluate_run(
+            checkpoint,
+            data,
+            protocol.value,
+            test=test,
+            mode=mode.value,
+            shots=integers(shots, "--shots"),
+            seeds=range(seeds),
+            crop=crop or None,
+            device=device,
+            progress=lambda done, total: status.update(f"features of {done:,} of {total:,} images"),
+        )
     console.print(to_table(scores))
 
 
@@ -267,7 +269,7 @@ def synth(
     out: Annotated[Path, typer.Argument(help="Catalog folder")],
     size: Annotated[int, typer.Option(help="Side of a chip, pixels")] = 96,
     pretrain: Annotated[int, typer.Option(help="Unlabelled chips")] = 4000,
-    train_per_class: Annotated[int, typer.Option(help="Labelled training chips per class")] = 100,
+    train_per_class: Annotated[int, typer.Option(help="Labelled training chips per class")] = 200,
     test_per_class: Annotated[int, typer.Option(help="Labelled test chips per class")] = 50,
     seed: Annotated[int, typer.Option(help="Seed")] = 0,
 ) -> None:

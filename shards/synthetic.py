@@ -134,7 +134,7 @@ def generate(
 def write(
     out: Path | str,
     size: int = 96,
-    per_class_train: int = 100,
+    per_class_train: int = 200,
     per_class_test: int = 50,
     pretrain: int = 4000,
     seed: int = 0,

@@ -9,7 +9,7 @@ from typing import Any
 
 from foundation.evaluation.attention import attention_figure
 from foundation.evaluation.figures import curve_figure, reconstruction_panels, score_figure, target_panels
-from foundation.evaluation.scores import HEADER, Score
+from foundation.evaluation.scores import Score, to_rows
 from foundation.files import write_whole
 from shards.errors import DataError
 
@@ -56,8 +56,7 @@ def write_report(
         title=title,
         facts=_facts(metrics),
         figures={caption: base64.b64encode(_png(caption, source)).decode() for caption, source in drawn.items()},
-        header=HEADER,
-        scores=scores,
+        scores=to_rows(scores),
         config=config_yaml,
         environment=environment,
     )

@@ -16,7 +16,7 @@ from shards.addressed import bits
 if TYPE_CHECKING:
     from rich.table import Table
 
-HEADER = ("encoder", "protocol", "metric", "score", "95 % interval", "seeds", "test images", "weights, data")
+HEADER = ("encoder", "protocol", "metric", "score", "95 % interval", "seeds", "test images")
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,12 @@ class Score:
         interval = f"{100 * self.low:.1f} – {100 * self.high:.1f}"
         seeds = str(len(self.seeds)) if len(self.seeds) > 1 else "bootstrap"
         number = f"{100 * self.mean:.1f} %"
-        origin = ", ".join(str(self.settings[key]) for key in ("weights", "data") if key in self.settings)
-        return self.encoder, self.protocol, self.metric, number, interval, seeds, str(self.n_test), origin
+        return self.encoder, self.protocol, self.metric, number, interval, seeds, str(self.n_test)
+
+    @property
+    def origin(self) -> str:
+        """Which weights on which data, as far as recorded."""
+        return ", ".join(f"{key} {self.settings[key]}" for key in ("weights", "data") if key in self.settings)
 
 
 def accuracy(y: Tensor, predicted: Tensor) -> float:
@@ -116,10 +120,19 @@ def from_rows(rows: Sequence[dict[str, Any]]) -> list[Score]:
     return [Score(**{**row, "seeds": tuple(row["seeds"]), "per_seed": tuple(row["per_seed"])}) for row in rows]
 
 
+def to_rows(scores: Sequence[Score]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
+    """Title, header and rows of a table; what all scores come from is the title, else it is a column."""
+    origins = {s.origin for s in scores}
+    if len(origins) <= 1:
+        return "".join(origins), HEADER, [s.cells() for s in scores]
+    return "", (*HEADER, "weights, data"), [(*s.cells(), s.origin) for s in scores]
+
+
 def to_markdown(scores: Sequence[Score]) -> str:
-    """A markdown table with one row per score."""
-    rows = [HEADER, tuple("---" for _ in HEADER), *(tuple(c.replace("|", "\\|") for c in s.cells()) for s in scores)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    """A markdown table with one row per score, under a line that says what it is of."""
+    title, header, cells = to_rows(scores)
+    rows = [header, tuple("---" for _ in header), *(tuple(c.replace("|", "\\|") for c in row) for row in cells)]
+    return (f"{title}\n\n" if title else "") + "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
 def to_table(scores: Sequence[Score]) -> Table:
@@ -127,7 +140,8 @@ def to_table(scores: Sequence[Score]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(*HEADER)
-    for one in scores:
-        table.add_row(*map(escape, one.cells()))
+    title, header, cells = to_rows(scores)
+    table = Table(*header, title=escape(title) or None)
+    for row in cells:
+        table.add_row(*map(escape, row))
     return table

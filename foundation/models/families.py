@@ -14,7 +14,7 @@ class Row(NamedTuple):
 
 
 FAMILY = {
-    "nano": Row(96, 6, 3),  # for the demo and the tests
+    "nano": Row(96, 4, 3),  # for the demo and the tests
     "tiny": Row(192, 12, 3),
     "small": Row(384, 12, 6),
     "base": Row(768, 12, 12),

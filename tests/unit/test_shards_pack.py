@@ -14,7 +14,7 @@ from shards_samples import records, small
 from shards import catalog as catalogs
 from shards.errors import DataError
 from shards.inspect import contact_sheet, summary
-from shards.pack import REJECTED, Rejected, SourceSpec, pack
+from shards.pack import REJECTED, Record, Rejected, SourceSpec, pack
 from shards.statistics import Statistics
 from shards.stream import Reader
 
@@ -176,3 +176,10 @@ def test_real_chips_are_packed_whole(tmp_path):
     assert (by_name["ships"].dtype, by_name["mstar-train"].dtype) == ("uint16", "uint8")
     assert [by_name["ships"].statistics["height"][i] for i in (0, 2)] == [13, 185]
     assert by_name["ships"].statistics["unlabelled"] == 522
+
+
+def test_a_negative_zero_does_not_move_the_amplitude_scale(tmp_path):
+    pixels = np.linspace(0, 4, 64 * 64, dtype=np.float32).reshape(64, 64)
+    pixels[:4] = -0.0
+    catalog = pack(tmp_path, [SourceSpec("floats", records=[Record(pixels, "one")])])
+    assert catalog.sources[0].amplitude.scale == pytest.approx(4, rel=0.01)

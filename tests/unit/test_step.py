@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from foundation.config import Config
-from foundation.errors import NumericsError
+from foundation.errors import DataError, NumericsError
 from foundation.training.engine import Engine
 from foundation.training.setup import build_learner, open_data
 from foundation.training.step import Learner, train_step
@@ -144,3 +144,10 @@ def test_the_loss_falls_within_thirty_steps(tiny_config: Make) -> None:
     every = batches(made.config, stop=240)
     losses = [train_step(made, [batch], 8 * step)["loss"].item() for step, batch in enumerate(every)]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), losses
+
+
+def test_images_with_other_channels_than_the_model_are_refused(tiny_config: Make) -> None:
+    made = learner(tiny_config("model.channels=2"))
+    with pytest.raises(DataError, match="the images have 1 channels, the model takes 2") as caught:
+        train_step(made, batches(made.config), 0)
+    assert "set model.channels=1" in str(caught.value)
