@@ -270,7 +270,7 @@ def synth(
     size: Annotated[int, typer.Option(help="Side of a chip, pixels")] = 96,
     pretrain: Annotated[int, typer.Option(help="Unlabelled chips")] = 4000,
     train_per_class: Annotated[int, typer.Option(help="Labelled training chips per class")] = 200,
-    test_per_class: Annotated[int, typer.Option(help="Labelled test chips per class")] = 50,
+    test_per_class: Annotated[int, typer.Option(help="Labelled test chips per class")] = 100,
     seed: Annotated[int, typer.Option(help="Seed")] = 0,
 ) -> None:
     """Write the embedded synthetic corpus: speckle, clutter, and eight classes of scatterer constellations."""

@@ -135,7 +135,7 @@ def write(
     out: Path | str,
     size: int = 96,
     per_class_train: int = 200,
-    per_class_test: int = 50,
+    per_class_test: int = 100,
     pretrain: int = 4000,
     seed: int = 0,
     bits: int = 8,

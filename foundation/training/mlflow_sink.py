@@ -54,8 +54,6 @@ class MlflowSink:
         """
         for name, value in _DEFAULTS.items():
             os.environ.setdefault(name, value)
-        for name in ("mlflow", "alembic", "urllib3.connectionpool"):
-            logging.getLogger(name).setLevel(logging.ERROR)
         uri = config.tracking.uri or f"sqlite:///{Path(config.run_root).resolve() / 'mlflow.db'}"
         try:
             exceptions = importlib.import_module("mlflow.exceptions")
@@ -63,6 +61,8 @@ class MlflowSink:
         except ImportError as error:
             note(f"MLflow is off: {error}; metrics.jsonl is complete without it")
             return None
+        for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # after the import, which sets levels of its own
+            logging.getLogger(name).setLevel(logging.ERROR)
         errors = (exceptions.MlflowException, OSError, *_sql_errors())
         try:
             client = client_class(tracking_uri=uri)
