@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from runs import TINY
+from processes import TINY
 
 from foundation import cli
 from foundation.config import Config, load

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import finish, hashes, interrupted, record, start
+from processes import finish, hashes, interrupted, record, start
 
 from foundation.config import load
 from foundation.training.run import train

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import finish, interrupted, position, record, same_state, start, wait
+from processes import finish, interrupted, position, record, same_state, start, wait
 
 from foundation.config import Config
 from foundation.errors import NumericsError

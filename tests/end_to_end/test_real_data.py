@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runs import ROOT, record
+from processes import ROOT, record
 
 from shards import catalog as catalogs
 

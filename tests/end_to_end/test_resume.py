@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import finish, interrupted, position, record, same_state, start, wait
+from processes import finish, interrupted, position, record, same_state, start, wait
 
 from foundation.config import Config
 from foundation.training.checkpoint import latest, load, save

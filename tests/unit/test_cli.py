@@ -15,7 +15,7 @@ import pytest
 import torch
 import typer
 from PIL import Image
-from runs import finish, interrupted, start
+from processes import finish, interrupted, start
 
 from foundation import cli, demo
 from foundation.config import Config
