@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from foundation.config import from_dict
 from foundation.errors import CheckpointError
 from foundation.interchange import import_published, load_encoder, random_encoder, rename
+from foundation.models.families import FAMILY
 from foundation.models.heads import MaskedWindowModel
 from foundation.models.vit import ViT
 from foundation.objectives.registry import build
@@ -27,7 +28,7 @@ Command = Callable[..., Any]
 def model(patch: int = 16, channels: int = 1) -> MaskedWindowModel:
     """A nano encoder with position tables that count."""
     torch.manual_seed(0)
-    made = MaskedWindowModel(ViT(96, 6, 3, patch, channels), 40, 2, 5, 4 * patch**2)
+    made = MaskedWindowModel(ViT(*FAMILY["nano"], patch, channels), 40, 2, 5, 4 * patch**2)
     for name, parameter in made.named_parameters():
         if name.endswith(("table", "bias")):
             nn.init.normal_(parameter, std=0.3)
