@@ -85,7 +85,9 @@ def train(
     from foundation.config import load
     from foundation.training.run import train as run_training
 
-    show("run", run_training(load(config, overrides or []), resume=not fresh))
+    run = run_training(load(config, overrides or []), resume=not fresh)
+    if os.environ.get("RANK", "0") == "0":
+        show("run", run)
 
 
 @app.command()
@@ -177,7 +179,7 @@ def demo(root: Annotated[Path, typer.Option(help="Folder for everything that is 
 
 
 @app.command()
-def bench(repeats: Annotated[int, typer.Option(help="Timed repetitions; the median is printed")] = 5) -> None:
+def bench(repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions; the median is printed")] = 5) -> None:
     """Time the gradient target and the training step against their definitions: ratios in one run."""
     from foundation.bench import rows
 

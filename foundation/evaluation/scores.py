@@ -47,8 +47,11 @@ class Score:
 
     @property
     def origin(self) -> str:
-        """Which weights on which data, as far as recorded."""
-        return ", ".join(f"{key} {self.settings[key]}" for key in ("weights", "data") if key in self.settings)
+        """Which weights on which data, as far as recorded; and loudly, whether they have seen the test images."""
+        parts = [f"{key} {self.settings[key]}" for key in ("weights", "data", "crop") if self.settings.get(key)]
+        if isinstance(seen := self.settings.get("pretrained_on_test_images"), int) and seen:
+            parts.append(f"PRETRAINED ON {seen} OF THE TEST IMAGES")
+        return ", ".join(parts)
 
 
 def accuracy(y: Tensor, predicted: Tensor) -> float:

@@ -153,7 +153,11 @@ def load(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]
             found, skipped = latest(path)
             if found is None:
                 names = "; ".join(skipped)
-                raise _error("there is no checkpoint" + f" (skipped {names})" * bool(names), path)
+                raise CheckpointError(
+                    "there is no checkpoint" + f" (skipped {names})" * bool(names),
+                    where=str(path.resolve()),
+                    do="name a run folder; a run has its first checkpoint after train.checkpoint_every samples",
+                )
             path = found
         flaw = _flaw(path)
         if flaw is None and _sha256(path / "state.pt") != _manifest(path)["sha256"]:

@@ -75,6 +75,8 @@ def _train(config: Config, engine: engines.Engine, resume: bool) -> Path:
             tracker.artifact(file)
         for line in [*notes, *describe(learner, catalog)]:
             tracker.note(line)
+        if position >= last_position(config):
+            tracker.note(f"already complete: {position:,} samples")
         with explained_deaths():
             loop(learner, catalog, stream, tracker, position)
         if engine.rank == 0:
@@ -82,6 +84,7 @@ def _train(config: Config, engine: engines.Engine, resume: bool) -> Path:
         status = "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
+        tracker.note("stopped; the same command continues from the last checkpoint")
         raise
     finally:
         tracker.close(status)

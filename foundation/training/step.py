@@ -76,5 +76,5 @@ def _check_finite(norm: Tensor, position: int) -> None:
         raise NumericsError(
             f"the gradient norm is {norm.item()}; the weights were not changed",
             where=f"sample {position}",
-            do="lower optim.lr, set optim.grad_clip=1.0 or train.precision=fp32, and resume from the last checkpoint",
+            do="resume with train.precision=fp32, or start a new run with optim.grad_clip=1.0 or a lower optim.lr",
         )

@@ -358,3 +358,11 @@ def test_distances_of_an_encoder_cover_its_blocks_images_and_heads() -> None:
     assert found.shape == (3, 4, 2)
     assert ((found > 0) & (found < 16 * math.hypot(2, 1))).all()
     assert encoder.training
+
+
+def test_a_score_of_an_encoder_that_saw_test_images_says_so_wherever_it_is_shown() -> None:
+    y = torch.tensor([0, 1])
+    seen = {"weights": "16 samples", "pretrained_on_test_images": 2}
+    for settings, shown in ((seen, True), ({**seen, "pretrained_on_test_images": 0}, False)):
+        one = scores.score("pretrained", "knn", "accuracy", y, [y], (0,), settings)
+        assert ("PRETRAINED ON 2 OF THE TEST IMAGES" in scores.to_markdown([one])) is shown

@@ -81,7 +81,7 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(tiny_config: Make, fact
     assert "the gradient norm is nan; the weights were not changed" in message
     assert "where: sample 4096" in message
     assert "optim.grad_clip=1.0" in message
-    assert "resume from the last checkpoint" in message
+    assert "resume with train.precision=fp32, or start a new run" in message
     assert all(torch.equal(a, b) for a, b in zip(before, weights(made), strict=True))
     assert not made.optimizer.state
 
