@@ -363,6 +363,6 @@ def test_distances_of_an_encoder_cover_its_blocks_images_and_heads() -> None:
 def test_a_score_of_an_encoder_that_saw_test_images_says_so_wherever_it_is_shown() -> None:
     y = torch.tensor([0, 1])
     seen = {"weights": "16 samples", "pretrained_on_test_images": 2}
-    for settings, shown in ((seen, True), ({**seen, "pretrained_on_test_images": 0}, False)):
-        one = scores.score("pretrained", "knn", "accuracy", y, [y], (0,), settings)
+    for facts, shown in ((seen, True), ({**seen, "pretrained_on_test_images": 0}, False)):
+        one = scores.score("pretrained", "knn", "accuracy", y, [y], (0,), facts)
         assert ("PRETRAINED ON 2 OF THE TEST IMAGES" in scores.to_markdown([one])) is shown
