@@ -161,7 +161,7 @@ def restore(learner: Learner, catalog: Catalog, folder: Path) -> tuple[dict[str,
         raise CheckpointError(
             f"this run was started with other values of: {', '.join(differing)}",
             where=str(path),
-            do="resume with the values in its config.yaml and the data as it was, or choose another `name`",
+            do="resume with its config.yaml and the data as it was, or start a new run with another `name`",
         )
     plain = engines.unwrap(learner.model)
     checkpoint.check_model(state["model"], plain.state_dict(), where=str(path))
