@@ -1,46 +1,39 @@
 """Sources → shards: `pack` reads every chip once, shuffles inside each source, and writes tars, indexes and catalog.
 
-The same input gives the same bytes. A shard's name ends in its hash, so nothing that a catalog points to is ever
-overwritten: the catalog is the last file written, and a stop before it leaves the old catalog and its shards whole.
+Several processes read the files in chunks into a spool and write the shards from it (shards.spool, shards.tarfiles).
+Both stay in `OUT/.pack-NAME` until the catalog is saved, so a packing that was killed goes on where it stopped. The
+same input gives the same bytes, whatever the number of processes and of interruptions. A shard's name ends in a hash,
+so nothing that a catalog points to is ever overwritten: the catalog is the last file written, and a stop before it
+leaves the old catalog and its shards whole.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
-import tarfile
-import tempfile
+import re
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
-import torch
 
 from shards import catalog as catalogs
 from shards import index as indexes
-from shards.addressed import permutation
-from shards.catalog import Catalog, Shard, Source
+from shards import metadata, sources, spool, tarfiles
+from shards.catalog import Amplitude, Catalog, Shard, Sidecar, Source
 from shards.errors import DataError
-from shards.formats import check
-from shards.schema import (
-    SPLITS,
-    Record,
-    Rejected,
-    canonical_json,
-    check_name,
-    content_hash,
-    npy_bytes,
-    sample_key,
-)
-from shards.sources import folder
+from shards.schema import DTYPES, SPLITS, Record, Rejected, canonical_json, check_name
+from shards.sources.base import Corpus, Item, Options, check_counts
+from shards.sources.files import Files
 from shards.statistics import Statistics
+from shards.workers import Workers, locked
 
-__all__ = ["REJECTED", "Record", "Rejected", "SourceSpec", "pack"]
+__all__ = ["REJECTED", "Options", "Record", "Rejected", "SourceSpec", "pack", "published"]
 
 REJECTED = "rejected.jsonl"
 Progress = Callable[[str, int], None]
@@ -48,113 +41,210 @@ Progress = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """One source to pack: its name, where it is, its split, and how it is read (see shards.sources.folder.read).
+    """One source to pack: its name, where it is, and how it is read.
 
-    `records`, when given, replaces reading from `path`.
+    `kind` (see shards.sources) explains `path`; `part` takes only that published part (None: everything). `split` None
+    is that of the part, or pretrain. `amplitude` replaces the rule that statistics give. `incomplete` accepts other
+    than the published counts. `codec` zstd stores compressed arrays. `records`, if given, replaces `kind` and `path`.
     """
 
     name: str
     path: Path | str = ""
-    split: str = "pretrain"
-    labels: bool = True
-    include: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    tile: int | None = None
-    min_std: float = 0.0
-    min_side: int = 0
+    split: str | None = None
+    kind: str = "folder"
+    part: str | None = None
+    options: Options = field(default_factory=Options)
+    amplitude: Amplitude | None = None
+    incomplete: bool = False
+    codec: Literal["raw", "zstd"] = "raw"
     records: Iterable[Record | Rejected] | None = None
 
-    def read(self) -> Iterable[Record | Rejected]:
-        """The records of this source, and what it rejects."""
-        if self.records is not None:
-            return self.records
-        options = {k: getattr(self, k) for k in ("labels", "include", "exclude", "tile", "min_std", "min_side")}
-        return folder.read(Path(self.path), **options)
+
+def published(kind: str, name: str, path: Path | str, parts: Sequence[str] = (), **how: Any) -> list[SourceSpec]:
+    """One source NAME-PART for each published part of a corpus that is there (or of `parts`), NAME for what has none.
+
+    `how`: further fields of SourceSpec. Raises DataError for an unknown part.
+    """
+    corpus = sources.corpus(kind)
+    if unknown := set(parts) - set(corpus.parts):
+        choices = ", ".join(corpus.parts) or "no parts"
+        raise DataError(f"{kind} has no part {min(unknown)!r}", do=f"its parts: {choices}")
+    if not parts and corpus.parts:
+        items = corpus(Files(path), how.get("options")).items()
+        found = {item.part for item in items if isinstance(item, Item)}
+        parts = [part for part in dict.fromkeys([*corpus.parts, ""]) if part in found]
+    if not parts:
+        return [SourceSpec(name, path, kind=kind, **how)]
+    return [SourceSpec(f"{name}-{part}" if part else name, path, kind=kind, part=part, **how) for part in parts]
 
 
 @dataclass
 class _Taken:
-    """What was read from one source: pixels in the spool file, the rest here."""
+    """One source: what is to be read, then what was read (samples as rows of spool.PLACE, and their chunk)."""
 
     spec: SourceSpec
-    spool: BinaryIO
-    places: list[tuple[int, int]] = field(default_factory=list)  # offset and length of a .npy in the spool
-    metas: list[bytes] = field(default_factory=list)
+    split: str
+    scratch: Path
+    corpus: Corpus | None = None
+    chunks: list[spool.Chunk] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
+    deviation: str = ""
+    digests: list[str] = field(default_factory=list)
+    places: list[np.ndarray] = field(default_factory=list)
+    chunk_of: list[np.ndarray] = field(default_factory=list)
     statistics: Statistics | None = None
+
+    @property
+    def samples(self) -> int:
+        return sum(map(len, self.places))
+
+    @property
+    def spools(self) -> Path:
+        return self.scratch / "chunks"
+
+    @property
+    def tars(self) -> Path:
+        return self.scratch / "shards"
 
 
 def pack(
     out: Path | str,
-    sources: Sequence[SourceSpec],
+    specs: Sequence[SourceSpec],
+    *,
     shard_bytes: int = 64 << 20,
     on_error: Literal["stop", "skip"] = "stop",
+    workers: int = 0,
     progress: Progress | None = None,
+    fresh: bool = False,
 ) -> Catalog:
-    """Pack `sources` into the catalog folder `out`; sources already there under other names stay.
+    """Pack sources into the catalog folder `out`; sources already there under other names stay.
 
     A shard is closed at the first sample that brings it to `shard_bytes`. With on_error "stop" any bad file raises one
-    DataError that counts all of them and nothing is written; with "skip" they are left out. Whatever was left out
-    is listed in `rejected.jsonl` and counted in the catalog. `progress(source, samples)` is called per sample.
+    DataError that counts all of them and no catalog is written; with "skip" they are left out. Whatever was left out is
+    listed in `rejected.jsonl` and counted in the catalog. `workers`: processes that read and write (0: this one; they
+    are spawned, so a script needs its `if __name__ == "__main__"`). `progress(source, samples)` is called per chunk
+    read. `fresh` forgets what an earlier packing that did not end has left.
     """
     out = Path(out)
-    for spec in sources:
-        check_name(spec.name)
-        if spec.split not in SPLITS:
-            raise DataError(f"unknown split {spec.split!r}", where=spec.name, do=f"choose from {', '.join(SPLITS)}")
-    if twice := [name for name, n in Counter(s.name for s in sources).items() if n > 1]:
-        raise DataError(f"two sources are named {twice[0]!r}", do="give each source its own name")
-    old = catalogs.load(out) if (out / catalogs.FILE_NAME).exists() else catalogs.of(out, ())
+    _check(specs)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".pack-", dir=out) as scratch:
-            taken = [_take(spec, Path(scratch), progress) for spec in sources]
-            _refuse(taken, on_error)
-            new = [_write_source(one, out, Path(scratch), shard_bytes) for one in taken]
-            for one in taken:
-                one.spool.close()
-        names = {source.name for source in new}
-        merged = catalogs.of(out, [*(s for s in old.sources if s.name not in names), *new])
-        _write_rejected(out, taken)
-        catalogs.save(merged)
-        _remove_unused(old, merged)
+        with locked(out):
+            old = catalogs.load(out) if (out / catalogs.FILE_NAME).exists() else catalogs.of(out, ())
+            taken = [_plan(spec, out, fresh) for spec in specs]
+            _list_once(taken)
+            with Workers(workers, {one.spec.name: one.corpus for one in taken if one.corpus}) as pool:
+                for one in taken:
+                    _read(one, pool, progress)
+                _refuse(taken, on_error)
+                new = [_source(one, _write(one, pool, out, shard_bytes)) for one in taken]
+            kept = [s for s in old.sources if s.name not in {source.name for source in new}]
+            return _publish(out, taken, catalogs.of(out, [*kept, *new]))
     except OSError as error:
         raise DataError(
             f"packing stopped: {error}", where=str(out), do="free space or fix access, and pack again"
         ) from error
-    return merged
 
 
-def _take(spec: SourceSpec, scratch: Path, progress: Progress | None) -> _Taken:
-    """Read a whole source into a spool file, so that it can be shuffled without holding it in memory."""
-    taken = _Taken(spec, open(scratch / f"{spec.name}.spool", "w+b"))  # noqa: SIM115 - closed by pack, deleted with scratch
-    for item in spec.read():
-        problem = item if isinstance(item, Rejected) else _problem(item, taken.statistics)
-        if problem:
-            taken.rejected.append(problem)
-            continue
-        assert isinstance(item, Record)
-        taken.statistics = taken.statistics or Statistics(item.pixels.dtype)
-        taken.statistics.add(np.ascontiguousarray(item.pixels), item.label)
-        data = npy_bytes(item.pixels)
-        taken.places.append((taken.spool.tell(), len(data)))
-        taken.spool.write(data)
-        facts = {"source": spec.name, "class": item.label, "sha256": content_hash(item.pixels), "from": item.key}
-        taken.metas.append(canonical_json({**item.meta, **facts}))
-        if progress:
-            progress(spec.name, len(taken.places))
+def _check(specs: Sequence[SourceSpec]) -> None:
+    for spec in specs:
+        check_name(spec.name)
+        if spec.split not in (None, *SPLITS):
+            raise DataError(f"unknown split {spec.split!r}", where=spec.name, do=f"choose from {', '.join(SPLITS)}")
+        if spec.codec not in indexes.CODECS:
+            raise DataError(f"unknown codec {spec.codec!r}", where=spec.name, do="choose from raw, zstd")
+    if twice := [name for name, n in Counter(s.name for s in specs).items() if n > 1]:
+        raise DataError(f"two sources are named {twice[0]!r}", do="give each source its own name")
+
+
+def _plan(spec: SourceSpec, out: Path, fresh: bool) -> _Taken:
+    """List a source and cut it into chunks."""
+    taken = _Taken(spec, spec.split or "pretrain", out / f".pack-{spec.name}")
+    if spec.records is None:
+        kind = sources.corpus(spec.kind)
+        if spec.part and spec.part not in kind.parts:
+            choices = ", ".join(kind.parts) or "no parts"
+            raise DataError(f"{spec.kind} has no part {spec.part!r}", where=spec.name, do=f"its parts: {choices}")
+        part = kind.parts.get(spec.part or "")
+        taken.split = spec.split or (part.split if part else "") or "pretrain"
+        taken.corpus = kind(Files(spec.path), spec.options)
+        found = list(taken.corpus.items())
+        taken.rejected = [*taken.corpus.files.refused, *(f for f in found if isinstance(f, Rejected))]
+        items = [f for f in found if isinstance(f, Item) and spec.part in (None, f.part)]
+        try:
+            check_counts(kind, items, str(spec.path))
+        except DataError as error:
+            if not spec.incomplete:
+                raise
+            taken.deviation = error.what
+        taken.chunks = list(spool.cut(spec.name, spec.codec, taken.spools, taken.corpus, items))
+    if fresh:
+        shutil.rmtree(taken.scratch, ignore_errors=True)
+    taken.spools.mkdir(parents=True, exist_ok=True)
+    taken.tars.mkdir(exist_ok=True)
+    wanted = {chunk.digest for chunk in taken.chunks}
+    for path in taken.spools.iterdir():
+        if path.stem not in wanted:  # of other files or options, or half written
+            path.unlink()
     return taken
 
 
-def _problem(record: Record, statistics: Statistics | None) -> Rejected | None:
-    """Why a record cannot join its source, if so."""
-    try:
-        check(record.pixels, record.key)
-    except DataError as error:
-        return Rejected(record.key, "bad", error.what)
-    if statistics and record.pixels.dtype != statistics.dtype:
-        return Rejected(record.key, "bad", f"{record.pixels.dtype} in a source of {statistics.dtype}: split the source")
-    return None
+def _list_once(taken: list[_Taken]) -> None:
+    """What a corpus does not explain belongs to none of its parts: list it with the first."""
+    listed: set[tuple[str, str, str]] = set()
+    for one in taken:
+        keys = [(one.spec.kind, str(one.spec.path), rejected.key) for rejected in one.rejected]
+        one.rejected = [r for key, r in zip(keys, one.rejected, strict=True) if key not in listed]
+        listed.update(keys)
+
+
+def _read(taken: _Taken, pool: Workers, progress: Progress | None) -> None:
+    """Read what no earlier packing has read, and collect all of it in the order of the chunks."""
+    for digest in _chunks(taken, pool):
+        chunk = spool.spooled(taken.spools, digest)
+        if chunk is None:
+            raise DataError("a chunk that was just read is not there", where=str(taken.spools), do="pack again")
+        _collect(taken, chunk)
+        if progress:
+            progress(taken.spec.name, taken.samples)
+
+
+def _chunks(taken: _Taken, pool: Workers) -> Iterator[str]:
+    """The digests of all chunks in order, each when it has been read."""
+    if taken.spec.records is not None:
+        empty = spool.Chunk(taken.spec.name, taken.spec.codec, taken.spools, "", ())
+        records = iter(taken.spec.records)
+        while group := list(islice(records, spool.CHUNK_RECORDS)):
+            yield spool.write_chunk(empty, group)
+        return
+    missing = [chunk for chunk in taken.chunks if spool.spooled(taken.spools, chunk.digest) is None]
+    waiting, results = {chunk.digest for chunk in missing}, pool.map(spool.read_chunk, missing)
+    for chunk in taken.chunks:
+        if chunk.digest in waiting:
+            next(results)
+        yield chunk.digest
+
+
+def _collect(taken: _Taken, chunk: spool.Spooled) -> None:
+    """Add a chunk; samples that have not the dtype of the source's first one are rejected."""
+    taken.rejected += chunk.rejected
+    if taken.statistics is None and len(chunk.places):
+        taken.statistics = Statistics(np.dtype(DTYPES[chunk.places["dtype"][0]]))
+    if taken.statistics is None:
+        return
+    name = taken.statistics.dtype.name
+    if name in chunk.statistics:
+        taken.statistics.merge(chunk.statistics[name])
+    same = chunk.places["dtype"] == DTYPES.index(name)
+    if not same.all():
+        with open(taken.spools / f"{chunk.digest}.spool", "rb") as file:
+            for place in chunk.places[~same]:
+                text = os.pread(file.fileno(), int(place["json"]), int(place["offset"] + place["stored"]))
+                reason = f"{DTYPES[place['dtype']]} in a source of {name}: split the source"
+                taken.rejected.append(Rejected(json.loads(text)["from"], "bad", reason))
+    taken.chunk_of.append(np.full(int(same.sum()), len(taken.digests)))
+    taken.places.append(chunk.places[same])
+    taken.digests.append(chunk.digest)
 
 
 def _refuse(taken: list[_Taken], on_error: str) -> None:
@@ -163,13 +253,14 @@ def _refuse(taken: list[_Taken], on_error: str) -> None:
     if bad and on_error == "stop":
         lines = [f"  {name}: {r.key}: {r.reason}" for name, r in bad[:10]]
         more = [f"  and {len(bad) - 10} more"] if len(bad) > 10 else []
-        total = len(bad) + sum(len(one.places) for one in taken)
+        total = len(bad) + sum(one.samples for one in taken)
         raise DataError(
             "\n".join([f"{len(bad)} of {total} files cannot be used", *lines, *more]),
-            do="fix or exclude them, or skip them with --on-error skip",
+            do="fix or exclude them, or skip them with --on-error skip; what was read is not read again",
         )
     for one in taken:
-        if not one.places:
+        if not one.samples:
+            shutil.rmtree(one.scratch)
             kinds = Counter(r.kind for r in one.rejected)
             raise DataError(
                 f"source {one.spec.name!r} has no usable image ({dict(kinds) or 'none found'})",
@@ -178,71 +269,112 @@ def _refuse(taken: list[_Taken], on_error: str) -> None:
             )
 
 
-def _write_source(taken: _Taken, out: Path, scratch: Path, shard_bytes: int) -> Source:
-    """Write the shards and indexes of one source in shuffled order, each complete before it gets its name."""
-    assert taken.statistics is not None
-    name, counts = taken.spec.name, Counter(r.kind for r in taken.rejected)
-    summary = {**taken.statistics.summary(), "rejected": {k: counts[k] for k in ("bad", "small", "flat")}}
-    classes = tuple(summary["class_counts"])
-    order = permutation(0, f"pack/{name}", torch.zeros(1, dtype=torch.int64), len(taken.places))[0].tolist()
-    shards = []
-    for number, chosen in enumerate(_groups(order, taken, shard_bytes)):
-        part = scratch / "shard.tar"
-        _write_tar(part, taken, chosen)
-        with open(part, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        final = out / f"{name}-{number:05d}-{sha256[:8]}.tar"
-        indexes.write(indexes.build(part, classes), final)
-        os.replace(part, final)
-        shards.append(Shard(final.name, len(chosen), final.stat().st_size, sha256))
-    dtype = taken.statistics.dtype.name
-    amplitude = taken.statistics.amplitude()
-    return Source(name, taken.spec.split, tuple(shards), len(order), dtype, classes, amplitude, summary)
+def _write(taken: _Taken, pool: Workers, out: Path, shard_bytes: int) -> list[Shard]:
+    """Write the shards of one source in shuffled order, but those that an earlier packing has finished."""
+    tasks = list(_tasks(taken, shard_bytes))
+    done = [tarfiles.written(task, out) for task in tasks]
+    kept = {Path(shard.name).stem for shard in done if shard} | {task.digest for task in tasks}
+    for path in taken.tars.iterdir():
+        if path.stem not in kept or path.suffix == ".part":
+            path.unlink()
+    for _ in pool.map(tarfiles.write_shard, [t for t, shard in zip(tasks, done, strict=True) if shard is None]):
+        pass
+    shards = [tarfiles.written(task, out) for task in tasks]
+    if None in shards:
+        raise DataError("a shard that was just written is not there", where=str(taken.tars), do="pack again")
+    return [shard for shard in shards if shard]
 
 
-def _groups(order: list[int], taken: _Taken, shard_bytes: int) -> Iterator[list[int]]:
+def _tasks(taken: _Taken, shard_bytes: int) -> Iterator[tarfiles.ShardTask]:
     """Cut the shuffled samples into shards of about `shard_bytes`."""
-    group: list[int] = []
-    size = 0
-    for i in order:
-        group.append(i)
-        size += taken.places[i][1] + len(taken.metas[i])
-        if size >= shard_bytes:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
+    import torch  # not above: every process that packs would import it
+
+    from shards.addressed import permutation
+
+    assert taken.statistics is not None
+    name, places, chunks = taken.spec.name, np.concatenate(taken.places), np.concatenate(taken.chunk_of)
+    order = permutation(0, f"pack/{name}", torch.zeros(1, dtype=torch.int64), len(places))[0].numpy()
+    ends = np.cumsum((places["stored"] + places["json"])[order].astype(np.int64))
+    classes = tuple(taken.statistics.summary()["class_counts"])
+    first = number = 0
+    while first < len(order):
+        reached = (ends[first - 1] if first else 0) + shard_bytes
+        last = min(int(np.searchsorted(ends, reached)) + 1, len(order))
+        rows = order[first:last]
+        folders = (taken.spools, taken.tars)
+        yield tarfiles.ShardTask.of(name, number, classes, folders, taken.digests, chunks[rows], places[rows], rows)
+        first, number = last, number + 1
 
 
-def _write_tar(path: Path, taken: _Taken, chosen: list[int]) -> None:
-    with tarfile.open(path, "w:", format=tarfile.USTAR_FORMAT) as archive:
-        for i in chosen:
-            begin, size = taken.places[i]
-            taken.spool.seek(begin)
-            key = sample_key(taken.spec.name, i)
-            for suffix, data in ((".npy", taken.spool.read(size)), (".json", taken.metas[i])):
-                member = tarfile.TarInfo(key + suffix)
-                member.size, member.mode = len(data), 0o644
-                archive.addfile(member, io.BytesIO(data))
+def _source(taken: _Taken, shards: list[Shard]) -> Source:
+    """The catalog's entry, and the metadata file under its final name in the scratch folder."""
+    import pyarrow.parquet as pq
+
+    assert taken.statistics is not None
+    spec, counts = taken.spec, Counter(r.kind for r in taken.rejected)
+    path = taken.tars / "metadata.parquet"
+    metadata.write(path, (pq.read_table(tarfiles.piece_of(taken.tars, shard)) for shard in shards))
+    sha256 = spool.sha256_of(path)
+    file = Sidecar(f"{spec.name}-{sha256[:8]}.parquet", path.stat().st_size, sha256)
+    os.replace(path, taken.scratch / file.name)
+    summary = {**taken.statistics.summary(), "rejected": {k: counts[k] for k in ("bad", "small", "flat")}}
+    if taken.deviation:
+        summary["deviation"] = taken.deviation
+    corpus = taken.corpus
+    origin = {
+        "kind": corpus.kind if corpus else "records",
+        "url": corpus.url if corpus else "",
+        "licence": corpus.licence if corpus else "",
+        "part": spec.part,
+        "codec": spec.codec,
+    }
+    amplitude = spec.amplitude or taken.statistics.amplitude()
+    dtype, classes = taken.statistics.dtype.name, tuple(summary["class_counts"])
+    return Source(spec.name, taken.split, tuple(shards), dtype, classes, amplitude, summary, file, origin)
+
+
+def _publish(out: Path, taken: list[_Taken], catalog: Catalog) -> Catalog:
+    """Move everything to its place, save the catalog, and only then remove what it no longer uses."""
+    used: set[str] = set()
+    for source in catalog.sources:
+        tars = [Path(shard.name) for shard in source.shards]
+        used |= {source.metadata.name, *(p.name for p in tars), *(indexes.path_of(p).name for p in tars)}
+    for one in taken:
+        for path in [*one.tars.iterdir(), *one.scratch.iterdir()]:
+            if path.name in used:
+                os.replace(path, out / path.name)
+    _write_rejected(out, taken)
+    catalogs.save(catalog)
+    for one in taken:
+        ours = re.compile(re.escape(one.spec.name) + r"-(\d{5,}-[0-9a-f]{8}\.(tar|idx)|[0-9a-f]{8}\.parquet)")
+        for path in out.iterdir():
+            if ours.fullmatch(path.name) and path.name not in used:
+                path.unlink()
+        shutil.rmtree(one.scratch)
+    return catalog
 
 
 def _write_rejected(out: Path, taken: list[_Taken]) -> None:
     """Bring `rejected.jsonl` up to date: the lines of these sources are new, those of the others stay."""
-    path, names = out / REJECTED, {one.spec.name for one in taken}
+    path, part, names = out / REJECTED, out / f".{REJECTED}.part", {one.spec.name for one in taken}
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["source"] not in names]
+    kept = [line for line in lines if _source_of(line) not in names]
     for one in taken:
-        facts = ({"source": one.spec.name, "file": r.key, "kind": r.kind, "reason": r.reason} for r in one.rejected)
-        kept += [canonical_json(f).decode() for f in facts]
+        for r in one.rejected:
+            file = r.key.encode(errors="backslashreplace").decode()  # a name may hold bytes that are no text
+            kept.append(
+                canonical_json({"source": one.spec.name, "file": file, "kind": r.kind, "reason": r.reason}).decode()
+            )
     if kept:
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        os.replace(part, path)
     else:
         path.unlink(missing_ok=True)
 
 
-def _remove_unused(old: Catalog, new: Catalog) -> None:
-    """Delete the shards and indexes that only the replaced catalog pointed to."""
-    used = {shard.name for source in new.sources for shard in source.shards}
-    for shard in (shard for source in old.sources for shard in source.shards if shard.name not in used):
-        (old.root / shard.name).unlink(missing_ok=True)
-        indexes.path_of(old.root / shard.name).unlink(missing_ok=True)
+def _source_of(line: str) -> str | None:
+    """The source that a line of `rejected.jsonl` is about; a line that says nothing is nobody's."""
+    try:
+        return str(json.loads(line)["source"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None

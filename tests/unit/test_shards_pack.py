@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import tarfile
+from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from shards_samples import records, small
 
 from shards import catalog as catalogs
+from shards import spool
 from shards.errors import DataError
 from shards.inspect import contact_sheet, summary
-from shards.pack import REJECTED, Record, Rejected, SourceSpec, pack
+from shards.pack import REJECTED, Options, Record, Rejected, SourceSpec, pack, published
+from shards.reader import Reader
+from shards.schema import npy_bytes
+from shards.sources.base import Corpus, Item, Part
 from shards.statistics import Statistics
-from shards.stream import Reader
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 
@@ -29,7 +38,7 @@ def test_the_same_input_gives_the_same_bytes_and_leaves_nothing_else_behind(tmp_
     small(tmp_path / "a")
     small(tmp_path / "b")
     assert hashes(tmp_path / "a") == hashes(tmp_path / "b")
-    assert {p.suffix for p in (tmp_path / "a").iterdir()} == {".tar", ".npz", ".json"}
+    assert {p.suffix for p in (tmp_path / "a").iterdir()} == {".tar", ".idx", ".json", ".parquet"}
 
 
 def test_every_sample_comes_back_with_its_pixels_class_and_metadata(tmp_path):
@@ -71,7 +80,8 @@ def test_packing_again_replaces_a_source_by_name_and_leaves_the_others(tmp_path)
     assert [(s.name, s.samples) for s in after.sources] == [("one", 24), ("two", 5)]
     assert after.sources[0] == before.sources[0]
     assert {p.name for p in tmp_path.glob("*.tar")} == {sh.name for s in after.sources for sh in s.shards}
-    assert len(list(tmp_path.glob("*.npz"))) == len(list(tmp_path.glob("*.tar")))
+    assert {p.stem for p in tmp_path.glob("*.idx")} == {p.stem for p in tmp_path.glob("*.tar")}
+    assert {p.name for p in tmp_path.glob("*.parquet")} == {s.metadata.name for s in after.sources}
     after.verify()
 
 
@@ -113,7 +123,9 @@ def test_bad_files_stop_the_packing_with_all_of_them_counted_and_nothing_written
     assert "bad09.png: empty file (0 bytes)" in str(caught.value)
     assert "bad10" not in str(caught.value)
     assert "and 2 more" in str(caught.value)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [p.name for p in (tmp_path / "out").iterdir()] == [".pack-s"]  # so that what was read is not read again
+    pack(tmp_path / "out", [SourceSpec("s", tmp_path / "in", options=Options(exclude=("bad*",)))])
+    assert not (tmp_path / "out" / ".pack-s").exists()
 
 
 def test_skipped_files_are_listed_with_their_reason_and_counted(tmp_path):
@@ -125,8 +137,11 @@ def test_skipped_files_are_listed_with_their_reason_and_counted(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out" / REJECTED).read_text().splitlines()]
     assert lines[0] == {"file": "bad00.png", "kind": "bad", "reason": "empty file (0 bytes)", "source": "s"}
     assert lines[2]["reason"] == "uint16 in a source of uint8: split the source"
-    pack(tmp_path / "out", [SourceSpec("s", source, exclude=("bad*", "wide*"))])
+    pack(tmp_path / "out", [SourceSpec("s", source, options=Options(exclude=("bad*", "wide*")))])
     assert not (tmp_path / "out" / REJECTED).exists()
+    (tmp_path / "out" / REJECTED).write_text('{"a line cut')
+    pack(tmp_path / "out", [SourceSpec("s", source)], on_error="skip")
+    assert len((tmp_path / "out" / REJECTED).read_text().splitlines()) == 4
 
 
 def test_a_source_that_cannot_be_packed_is_an_error(tmp_path):
@@ -138,6 +153,10 @@ def test_a_source_that_cannot_be_packed_is_an_error(tmp_path):
         pack(tmp_path, [SourceSpec("a.b", records=records(2))])
     with pytest.raises(DataError, match="two sources are named 's'"):
         pack(tmp_path, [SourceSpec("s", records=records(2)), SourceSpec("s", records=records(2))])
+    with pytest.raises(DataError, match=r"unknown codec 'zip'[\s\S]*raw, zstd"):
+        pack(tmp_path, [SourceSpec("s", codec="zip", records=records(2))])
+    with pytest.raises(DataError, match=r"folder has no part 'x'[\s\S]*no parts"):
+        pack(tmp_path, [SourceSpec("s", tmp_path, part="x")])
     with pytest.raises(DataError, match="unknown split 'val'"):
         pack(tmp_path, [SourceSpec("s", split="val", records=records(2))])
     (tmp_path / "file").write_text("")
@@ -163,9 +182,9 @@ def test_real_chips_are_packed_whole(tmp_path):
     catalog = pack(
         tmp_path,
         [
-            SourceSpec("mstar-train", mini, "train", include=("mini-train/*",)),
-            SourceSpec("mstar-test", mini, "test", include=("mini-test-dev/*",)),
-            SourceSpec("ships", ships, labels=False),
+            SourceSpec("mstar-train", mini, "train", options=Options(include=("mini-train/*",))),
+            SourceSpec("mstar-test", mini, "test", options=Options(include=("mini-test-dev/*",))),
+            SourceSpec("ships", ships, options=Options(labels=False)),
         ],
         shard_bytes=1 << 20,
     )
@@ -183,3 +202,188 @@ def test_a_negative_zero_does_not_move_the_amplitude_scale(tmp_path):
     pixels[:4] = -0.0
     catalog = pack(tmp_path, [SourceSpec("floats", records=[Record(pixels, "one")])])
     assert catalog.sources[0].amplitude.scale == pytest.approx(4, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "int16"])
+def test_statistics_of_complex_pixels_are_those_of_their_magnitude(dtype):
+    rng = np.random.default_rng(0)
+    parts = rng.integers(1, 3000, (20, 30, 2))
+    pixels = parts.astype(np.int16) if dtype == "int16" else (parts[..., 0] + 1j * parts[..., 1]).astype(np.complex64)
+    magnitude = np.hypot(*np.moveaxis(parts, -1, 0).astype(np.float64))
+    statistics = Statistics(pixels.dtype)
+    statistics.add(pixels, None)
+    found = statistics.summary()
+    assert found["mean"] == pytest.approx(magnitude.mean(), rel=1e-6)
+    assert found["max"] == pytest.approx(magnitude.max(), rel=1e-6)
+    assert found["p50"] == pytest.approx(np.percentile(magnitude, 50, method="inverted_cdf"), rel=0.01)
+    assert (found["height"], found["width"]) == ([20] * 3, [30] * 3)
+
+
+@given(cuts=st.lists(st.integers(1, 11), max_size=3), dtype=st.sampled_from(["uint8", "uint16"]))
+def test_statistics_of_parts_merge_to_those_of_the_whole(cuts, dtype):
+    chips = records(12, dtype)
+    whole, merged = Statistics(np.dtype(dtype)), Statistics(np.dtype(dtype))
+    for chip in chips:
+        whole.add(chip.pixels, chip.label)
+    edges = [0, *sorted(cuts), 12]
+    for first, last in pairwise(edges):
+        part = Statistics(np.dtype(dtype))
+        for chip in chips[first:last]:
+            part.add(chip.pixels, chip.label)
+        merged.merge(Statistics.from_json(json.loads(json.dumps(part.to_json()))))
+    assert merged.to_json() == whole.to_json()
+    assert merged.summary() == whole.summary()
+
+
+def test_a_given_amplitude_replaces_the_one_of_the_statistics(tmp_path):
+    rule = catalogs.Amplitude("calibrated", 2000.0, 40.0)
+    source = pack(tmp_path, [SourceSpec("s", records=records(3, "uint16"), amplitude=rule)]).sources[0]
+    assert source.amplitude == catalogs.load(tmp_path).sources[0].amplitude == rule
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16"])
+def test_compressed_samples_are_the_same_samples(tmp_path, dtype):
+    chips = [Record(np.full((40, 40), i + 1, dtype), str(i), "a") for i in range(8)]
+    raw = pack(tmp_path / "raw", [SourceSpec("s", records=chips)])
+    packed = pack(tmp_path / "zstd", [SourceSpec("s", records=chips, codec="zstd")])
+    assert packed.sources[0].origin["codec"] == "zstd"
+    assert sum(s.bytes for s in packed.sources[0].shards) < sum(s.bytes for s in raw.sources[0].shards)
+    with tarfile.open(tmp_path / "zstd" / packed.sources[0].shards[0].name) as archive:
+        assert archive.getnames()[0].endswith(".npy.zst")
+    for i in range(8):
+        assert np.array_equal(Reader(raw)[i].pixels, Reader(packed)[i].pixels)
+    packed.verify()
+    assert packed.sources[0].statistics == raw.sources[0].statistics
+
+
+def hostile_tar(path: Path) -> None:
+    """Four good images among everything an archive can do."""
+
+    def image(value: int) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(np.full((9, 9), value, np.uint8)).save(file, "PNG")
+        return file.getvalue()
+
+    with tarfile.open(path, "w:") as archive:
+
+        def add(name: str, data: bytes = b"", **fields: object) -> None:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            for key, value in fields.items():
+                setattr(info, key, value)
+            archive.addfile(info, io.BytesIO(data))
+
+        for i in range(3):
+            add(f"c/good{i}.png", image(i + 1))
+        add("../outside.png", image(50))
+        add(str(path.parent / "absolute.png"), image(51))
+        add("c/link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
+        add("c/hard.png", type=tarfile.LNKTYPE, linkname="c/good0.png")
+        add("c/device.png", type=tarfile.CHRTYPE)
+        add("c/twice.png", image(60))
+        add("c/twice.png", image(61))
+
+
+def test_hostile_archive_members_are_listed_and_nothing_valid_is_lost(tmp_path):
+    hostile_tar(tmp_path / "in.tar")
+    catalog = pack(tmp_path / "out", [SourceSpec("s", tmp_path / "in.tar")], on_error="skip")
+    assert {Reader(catalog)[i].pixels.max() for i in range(4)} == {1, 2, 3, 61}
+    listed = {r["file"]: r["reason"] for r in map(json.loads, (tmp_path / "out" / REJECTED).read_text().splitlines())}
+    absolute = str(tmp_path / "absolute.png")
+    names = {"../outside.png", absolute, "c/link.png", "c/hard.png", "c/device.png", "c/twice.png"}
+    assert {name.lstrip("/") for name in listed} == {name.lstrip("/") for name in names}
+    assert "points outside" in listed["../outside.png"]
+    assert {p.name for p in tmp_path.iterdir()} == {"in.tar", "out"}
+    with pytest.raises(DataError, match="6 of 10 files cannot be used"):
+        pack(tmp_path / "again", [SourceSpec("s", tmp_path / "in.tar")])
+
+
+class Ships(Corpus):
+    """A published corpus for these tests."""
+
+    kind, description = "ships-of-tests", "two parts"
+    url, licence = "https://example.org", "free"
+    parts: ClassVar = {"train": Part("train", {"a": 2, "b": 1}), "test": Part("test", 1)}
+    columns: ClassVar = {"sensor": "made up"}
+
+    def items(self):
+        for name in self.files.names:
+            part, label, _ = name.split("/")
+            yield Item(name, part, label)
+
+
+@pytest.fixture
+def ships(tmp_path, monkeypatch):
+    """The folder of a complete copy of that corpus."""
+    for i, name in enumerate(("train/a/1", "train/a/2", "train/b/3", "test/a/4")):
+        file = tmp_path / "ships" / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((9, 9), i + 1, np.uint8)).save(file)
+    monkeypatch.setattr("shards.sources.corpora", lambda: {"ships-of-tests": Ships})
+    return tmp_path / "ships"
+
+
+def test_published_parts_become_sources_with_their_splits_and_origin(ships, tmp_path):
+    catalog = pack(tmp_path / "out", published("ships-of-tests", "ships", ships))
+    assert [(s.name, s.split, s.samples) for s in catalog.sources] == [
+        ("ships-test", "test", 1),
+        ("ships-train", "train", 3),
+    ]
+    assert catalog.sources[1].origin == {
+        "kind": "ships-of-tests",
+        "url": "https://example.org",
+        "licence": "free",
+        "part": "train",
+        "codec": "raw",
+    }
+    assert catalog.table(["sensor", "class"], catalog.sources[0])["sensor"].to_pylist() == ["made up"]
+    assert [s.name for s in published("ships-of-tests", "x", ships, parts=["test"])] == ["x-test"]
+    with pytest.raises(DataError, match=r"ships-of-tests has no part 'val'[\s\S]*its parts: train, test"):
+        published("ships-of-tests", "x", ships, parts=["val"])
+
+
+def test_a_corpus_that_is_not_complete_is_refused_or_its_deviation_recorded(ships, tmp_path):
+    (ships / "train" / "a" / "1.png").unlink()
+    with pytest.raises(DataError, match=r"class a: 1 files, published are 2[\s\S]*--incomplete"):
+        pack(tmp_path / "out", published("ships-of-tests", "ships", ships))
+    catalog = pack(tmp_path / "out", published("ships-of-tests", "ships", ships, incomplete=True))
+    by_name = {s.name: s.statistics for s in catalog.sources}
+    assert "class a: 1 files, published are 2" in by_name["ships-train"]["deviation"]
+    assert "deviation" not in by_name["ships-test"]
+
+
+def test_what_is_left_of_a_packing_that_never_ended_goes_with_the_next(tmp_path):
+    stray = tmp_path / "one-00000-deadbeef.tar"
+    stray.write_text("")
+    others = tmp_path / "one-more-00000-deadbeef.tar"
+    others.write_text("")
+    small(tmp_path)
+    assert not stray.exists()
+    assert others.exists()
+
+
+def test_a_failure_while_the_catalog_is_saved_leaves_the_old_one_whole(tmp_path, monkeypatch):
+    before = small(tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(catalogs, "save", full)
+        with pytest.raises(DataError, match=r"packing stopped: .*No space left on device[\s\S]*free space"):
+            pack(tmp_path, [SourceSpec("one", records=records(30, seed=3))])
+    catalogs.load(tmp_path).verify()
+    assert catalogs.load(tmp_path).fingerprint == before.fingerprint
+    after = pack(tmp_path, [SourceSpec("one", records=records(30, seed=3))])
+    after.verify()
+    assert {p.stem for p in tmp_path.glob("*.tar")} == {Path(sh.name).stem for s in after.sources for sh in s.shards}
+
+
+def test_a_sample_that_reads_back_otherwise_stops_the_packing(tmp_path, monkeypatch):
+    def spoiled(pixels, codec):
+        return npy_bytes(pixels ^ 1)
+
+    monkeypatch.setattr(spool, "_stored", spoiled)
+    with pytest.raises(DataError, match=r"sample s-0000000\d read back from the shard is not what was packed"):
+        pack(tmp_path, [SourceSpec("s", records=records(2))])
+    assert not list(tmp_path.glob("*.tar"))
