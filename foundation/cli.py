@@ -11,8 +11,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from foundation.cli_shards import shards_app
+from foundation.cli_text import console, print_table, show
 from shards.errors import ExplainedError
 
 # Before torch loads its OpenMP runtime: threads that spin while they wait make a CPU run many times slower as soon as
@@ -20,12 +21,12 @@ from shards.errors import ExplainedError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-shards_app = typer.Typer(no_args_is_help=True, help="Pack, inspect and make shards.")
+bench_app = typer.Typer(no_args_is_help=True, help="Time the parts of the trainer against their alternatives.")
 app.add_typer(shards_app, name="shards")
-# A pipe or a log file has no width of its own; 80 columns would break every table.
-console = Console(width=None if sys.stdout.isatty() else 140)
+app.add_typer(bench_app, name="bench")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to keys, e.g. optim.lr=3e-4 train.samples=100000")]
+Repeats = Annotated[int, typer.Option(min=1, help="Timed repetitions; the median is printed")]
 Device = Annotated[str, typer.Option(help="Device, e.g. cpu or cuda")]
 
 
@@ -42,13 +43,6 @@ class Mode(StrEnum):
 
     linear = "linear"
     finetune = "finetune"
-
-
-class OnError(StrEnum):
-    """What packing does about a file that cannot be used."""
-
-    stop = "stop"
-    skip = "skip"
 
 
 class Listed(StrEnum):
@@ -93,9 +87,9 @@ def train(
 @app.command()
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="Run folder or checkpoint folder")],
-    data: Annotated[Path, typer.Option(help="Catalog with a train and a test split")],
+    data: Annotated[str, typer.Option(help="Catalog (folder or URL) with a train and a test split")],
     protocol: Annotated[Protocol, typer.Option(help="How the features are judged")] = Protocol.linear,
-    test: Annotated[Path | None, typer.Option(help="Catalog of the test split, when it is another one")] = None,
+    test: Annotated[str | None, typer.Option(help="Catalog of the test split, when it is another one")] = None,
     mode: Annotated[Mode, typer.Option(help="fewshot: frozen encoder or fine-tuning")] = Mode.linear,
     shots: Annotated[str, typer.Option(help="fewshot: images per class, e.g. 10,20,40")] = "10,20,40",
     seeds: Annotated[int, typer.Option(min=1, help="fewshot: number of draws")] = 5,
@@ -129,13 +123,13 @@ def evaluate(
 def report(
     run: Annotated[Path, typer.Argument(help="Run folder")],
     data: Annotated[
-        Path | None, typer.Option(help="Catalog for the pictures; default: the one it was trained on")
+        str | None, typer.Option(help="Catalog for the pictures; default: the one it was trained on")
     ] = None,
 ) -> None:
     """Draw the report of a run again: one self-contained HTML page."""
     from foundation.config import load
     from foundation.evaluation.panels import write_run_report
-    from foundation.training.setup import training_catalog
+    from foundation.training.data import training_catalog
     from shards.catalog import load as load_catalog
 
     catalog = load_catalog(data) if data else training_catalog(load(run / "config.yaml"))
@@ -178,15 +172,18 @@ def demo(root: Annotated[Path, typer.Option(help="Folder for everything that is 
     raise typer.Exit(0 if run_demo(root, console) else 1)
 
 
-@app.command()
-def bench(repeats: Annotated[int, typer.Option(min=1, help="Timed repetitions; the median is printed")] = 5) -> None:
+@bench_app.command("step")
+def bench_step(repeats: Repeats = 5) -> None:
     """Time the gradient target and the training step against their definitions: ratios in one run."""
     from foundation.bench import rows
 
-    table = Table("what", "ms / image", "times faster", "max error against float64")
-    for row in rows(repeats):
-        table.add_row(*row)
-    console.print(table)
+    print_table(("what", "ms / image", "times faster", "max error against float64"), rows(repeats))
+
+
+@bench_app.command("loader")
+def bench_loader(repeats: Repeats = 3) -> None:
+    """Time the loader against a file per chip, plain WebDataset and other peers: ratios in one run."""
+    raise NotImplementedError
 
 
 @app.command("list")
@@ -194,110 +191,7 @@ def list_parts(what: Annotated[Listed, typer.Argument()]) -> None:
     """What exists and, for what cannot run here, why."""
     from foundation.listing import rows
 
-    header, found = rows(what.value)
-    table = Table(*header)
-    for row in found:
-        table.add_row(*map(escape, row))
-    console.print(table)
-
-
-@shards_app.command()
-def pack(
-    out: Annotated[Path, typer.Argument(help="Catalog folder; sources already there under other names stay")],
-    path: Annotated[Path, typer.Argument(help="Folder or .tar of images; the parent folder of an image is its class")],
-    name: Annotated[str, typer.Option(help="Name of the source")],
-    split: Annotated[str, typer.Option(help="pretrain, train or test")] = "pretrain",
-    labels: Annotated[bool, typer.Option(help="Take folder names as classes")] = True,
-    include: Annotated[list[str] | None, typer.Option(help="Only files that match, e.g. '*/images/*'")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="No files that match")] = None,
-    tile: Annotated[int | None, typer.Option(min=2, help="Cut larger images into tiles of this side, pixels")] = None,
-    min_std: Annotated[
-        float, typer.Option(min=0, help="Leave out tiles flatter than this (see shards.sources.folder)")
-    ] = 0.0,
-    min_side: Annotated[int, typer.Option(min=0, help="Leave out images with a shorter side, pixels")] = 0,
-    shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard, MB")] = 64,
-    on_error: Annotated[OnError, typer.Option(help="skip: list bad files in rejected.jsonl and go on")] = OnError.stop,
-) -> None:
-    """Pack a folder or tar of chips into WebDataset shards, with an index and a catalog."""
-    from shards.pack import SourceSpec
-    from shards.pack import pack as pack_sources
-
-    spec = SourceSpec(name, path, split, labels, tuple(include or ()), tuple(exclude or ()), tile, min_std, min_side)
-    with console.status(f"packing {name}") as status:
-        catalog = pack_sources(
-            out,
-            [spec],
-            shard_bytes=shard_mb << 20,
-            on_error=on_error.value,
-            progress=lambda source, count: status.update(f"packing {source}: {count:,}") if count % 100 == 0 else None,
-        )
-    print_summary(out)
-    show("catalog", f"{catalog.root / 'catalog.json'}  fingerprint {catalog.fingerprint[:12]}")
-
-
-@shards_app.command()
-def inspect(
-    catalog: Annotated[Path, typer.Argument(help="Catalog folder or catalog.json")],
-    sheet: Annotated[Path | None, typer.Option(help="Where to write the contact sheet (PNG)")] = None,
-) -> None:
-    """Show what a catalog holds, with a contact sheet of its chips."""
-    from shards.catalog import load
-    from shards.inspect import contact_sheet
-
-    opened = load(catalog)
-    print_summary(catalog)
-    target = sheet or opened.root / "contact-sheet.png"
-    show("contact sheet", contact_sheet(opened, target))
-
-
-@shards_app.command()
-def verify(
-    catalog: Annotated[Path, typer.Argument(help="Catalog folder or catalog.json")],
-    rebuild: Annotated[bool, typer.Option(help="Write the sidecar indexes again from the shards")] = False,
-) -> None:
-    """Read every shard and compare its sha256 with the catalog."""
-    from shards.catalog import load
-    from shards.index import rebuild as rebuild_indexes
-
-    opened = load(catalog)
-    if rebuild:  # first, since a missing index would fail the check
-        console.print(f"{rebuild_indexes(opened)} indexes written")
-    opened.verify()
-    console.print(f"{opened.samples:,} samples as the catalog says")
-
-
-@shards_app.command()
-def synth(
-    out: Annotated[Path, typer.Argument(help="Catalog folder")],
-    size: Annotated[int, typer.Option(help="Side of a chip, pixels")] = 96,
-    pretrain: Annotated[int, typer.Option(help="Unlabelled chips")] = 4000,
-    train_per_class: Annotated[int, typer.Option(help="Labelled training chips per class")] = 200,
-    test_per_class: Annotated[int, typer.Option(help="Labelled test chips per class")] = 100,
-    seed: Annotated[int, typer.Option(help="Seed")] = 0,
-) -> None:
-    """Write the embedded synthetic corpus: speckle, clutter, and eight classes of scatterer constellations."""
-    from shards.synthetic import write
-
-    with console.status("writing"):
-        write(out, size, train_per_class, test_per_class, pretrain, seed)
-    print_summary(out)
-
-
-def show(what: str, path: Path | str) -> None:
-    """A line that says where something is; never wrapped, so that it can be copied."""
-    console.print(f"{what:<14}{path}", soft_wrap=True, markup=False, highlight=False)
-
-
-def print_summary(path: Path) -> None:
-    """The table of a catalog's sources."""
-    from shards.catalog import load
-    from shards.inspect import summary
-
-    found = summary(load(path))
-    table = Table(*found[0])
-    for row in found:
-        table.add_row(*(escape(str(value)) for value in row.values()))
-    console.print(table)
+    print_table(*rows(what.value))
 
 
 def check_device(device: str) -> None:

@@ -51,12 +51,43 @@ class Section(BaseModel):
         return value
 
 
+class AmplitudeConfig(Section):
+    """How the amplitudes of a source become values in [0, 1]; ratio targets depend on it."""
+
+    scale: float = Field(gt=0, description="the amplitude that becomes 1, in pixel values")
+    decibels: float = Field(
+        default=0.0, ge=0, description="0: linear; otherwise a logarithm over this range below scale"
+    )
+
+
 class DataConfig(Section):
     """What is read, in which order, and how it is augmented."""
 
-    catalog: str | None = Field(default=None, description="path of catalog.json; null only for planning and tests")
+    catalog: tuple[str, ...] = Field(default=(), description="folders or URLs of catalogs, read as one; or one of them")
     splits: tuple[Literal["pretrain", "train"], ...] = Field(
         default=("pretrain", "train"), min_length=1, description="splits of the catalog to learn from"
+    )
+    filter: str | None = Field(
+        default=None, min_length=1, description="only samples for which this holds, e.g. band == 'X' and spacing < 1"
+    )
+    weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
+        default={}, description="share of each source in the stream, relative; empty: in proportion to their samples"
+    )
+    amplitude: dict[str, AmplitudeConfig] = Field(
+        default={}, description="amplitude rules of sources that differ from the ones they were packed with"
+    )
+    held_out: tuple[str, ...] = Field(default=(), description="more catalogs whose test images must not be learnt")
+    overlap: Literal["refuse", "allow"] = Field(
+        default="refuse", description="what to do about images or scenes of a test split among those to learn from"
+    )
+    corrupt: Literal["replace", "stop"] = Field(
+        default="replace", description="damaged sample: take the next valid one of its block and list it, or stop"
+    )
+    cache: str = Field(
+        default="~/.cache/foundation", min_length=1, description="folder for shards of a URL, one per node"
+    )
+    cache_gb: Positive = Field(
+        default=100.0, description="limit of that folder, 10^9 bytes; the oldest shards go first"
     )
     lanes: int = Field(default=60, ge=1, description="lanes of the order; the number of processes must divide it")
     block_shards: int = Field(default=4, ge=1, description="shards that are shuffled together")
@@ -68,6 +99,12 @@ class DataConfig(Section):
     )
     flip: float = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
     contrast: float = Field(default=0.5, ge=0, le=1, description="contrast factor is drawn from 1 ± this")
+
+    @field_validator("catalog", mode="before")
+    @classmethod
+    def _one(cls, value: object) -> object:
+        """One catalog may stand without a list."""
+        return (value,) if isinstance(value, str) else () if value is None else value
 
 
 class DecoderConfig(Section):
@@ -309,11 +346,12 @@ def flatten(config: Config) -> dict[str, Any]:
 
     def walk(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
         for key, value in tree.items():
-            if isinstance(value, dict):
+            if f"{prefix}{key}." in sections:
                 yield from walk(value, f"{prefix}{key}.")
             else:
                 yield prefix + key, value
 
+    sections = {path.rpartition(".")[0] + "." for path in known_paths(Config) if "." in path}
     return dict(walk(to_dict(config), ""))
 
 

@@ -206,6 +206,8 @@ def _words(kind: Any, metadata: Sequence[Any] = ()) -> str:
     if origin in (Union, UnionType):
         bounded, *others = args
         return " or ".join([_words(bounded, metadata), *map(_words, others)])
+    if origin is dict:
+        return f"name: {_words(args[1])}, ..."
     if origin is tuple:
         return f"list of {_words(args[0])}" if args[-1] is ... else f"list [{'; '.join(map(_words, args))}]"
     bounds = [

@@ -26,7 +26,7 @@ def demo(root: Path, console: Console) -> bool:
     scores: list[Score] = []
     for protocol in ("knn", "linear", "fewshot"):
         with console.status(f"evaluating: {protocol}"):
-            scores = evaluate_run(run, corpus, protocol, shots=(10, 40))
+            scores = evaluate_run(run, str(corpus), protocol, shots=(10, 40))
     console.print(to_table(scores))
     store = f"sqlite:///{(root / 'mlflow.db').resolve()}"
     lines = {

@@ -31,7 +31,7 @@ def _attention() -> list[tuple[str, ...]]:
 
 
 def _sources() -> list[tuple[str, ...]]:
-    return [(name, description, reason or READY) for name, description, reason in source_rows()]
+    return [(row.kind, row.description, row.reason or READY) for row in source_rows()]
 
 
 def _config() -> list[tuple[str, ...]]:

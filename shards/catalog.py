@@ -1,61 +1,109 @@
-"""The catalog: which sources and shards a folder holds, with their sizes and hashes, and the data's fingerprint."""
+"""The catalog: which sources and shards a folder or bucket holds, with sizes and hashes, and the data's fingerprint."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from shards.cache import Cache
 from shards.errors import DataError
 from shards.schema import SPLITS, VERSION, canonical_json
+from shards.store import Store
+
+if TYPE_CHECKING:
+    import pyarrow
 
 FILE_NAME = "catalog.json"
 
 
 @dataclass(frozen=True)
 class Amplitude:
-    """How pixels become amplitudes: clip(pixel / scale, 0, 1); `rule` says where the scale comes from."""
+    """How an amplitude a becomes a value in [0, 1]: clip(a / scale) or, with decibels > 0, a logarithm of that range.
+
+    The logarithm is clip(1 + 20 log10(a / scale) / decibels). `rule` says where the scale comes from.
+    """
 
     rule: str
     scale: float
+    decibels: float = 0.0
 
 
 @dataclass(frozen=True)
-class Shard:
-    """One tar file: its name inside the catalog folder, samples, bytes and sha256."""
+class Sidecar:
+    """A file beside the shards: its name, bytes and sha256."""
 
     name: str
-    samples: int
     bytes: int
     sha256: str
 
 
 @dataclass(frozen=True)
+class Shard:
+    """One tar file: its name inside the catalog folder, samples, bytes and sha256, and the same of its index."""
+
+    name: str
+    samples: int
+    bytes: int
+    sha256: str
+    index_bytes: int
+    index_sha256: str
+
+
+@dataclass(frozen=True)
 class Source:
-    """One corpus: its split, shards, class names (sorted, maybe empty), amplitude rule and statistics."""
+    """One corpus: its split, shards, class names (sorted, maybe empty), amplitude rule, statistics and metadata file.
+
+    `origin` says what it was packed from (kind, url, licence, part). `root` is where its files lie. `rows`, after a
+    filter, holds for each shard the rows that are kept, int32 in rising order.
+    """
 
     name: str
     split: str
     shards: tuple[Shard, ...]
-    samples: int
     dtype: str
     classes: tuple[str, ...]
     amplitude: Amplitude
-    statistics: Mapping[str, Any] = field(default_factory=dict)
+    statistics: Mapping[str, Any]
+    metadata: Sidecar
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    root: str = ""
+    rows: tuple[np.ndarray, ...] | None = field(default=None, compare=False)
+
+    @property
+    def kept(self) -> list[int]:
+        """Samples of each shard that a filter has left."""
+        return [s.samples for s in self.shards] if self.rows is None else [len(r) for r in self.rows]
+
+    @property
+    def samples(self) -> int:
+        """Samples of all shards that a filter has left."""
+        return sum(self.kept)
+
+    def identity(self) -> list[Any]:
+        """What makes this source's data what they are, as JSON; not where they lie."""
+        rule = [self.amplitude.rule, self.amplitude.scale, self.amplitude.decibels]
+        facts: list[Any] = [self.name, self.split, self.samples, [s.sha256 for s in self.shards], rule]
+        if self.rows is not None:
+            facts.append([hashlib.sha256(r.astype("<i4").tobytes()).hexdigest() for r in self.rows])
+        return facts
 
 
 @dataclass(frozen=True)
 class Catalog:
-    """The sources of a folder (or some of them), sorted by name, and the class list that labels refer to."""
+    """The sources of one or several roots (or some of them), sorted by name, and the class list labels refer to."""
 
-    root: Path
+    root: str
     version: int
     sources: tuple[Source, ...]
     classes: tuple[str, ...] = ()
+    cache: Cache | None = field(default=None, compare=False)
 
     @property
     def samples(self) -> int:
@@ -64,12 +112,8 @@ class Catalog:
 
     @property
     def fingerprint(self) -> str:
-        """sha256 that names this data: names, splits, shard hashes, counts and amplitudes; not where it lies."""
-        facts = [
-            [s.name, s.split, s.samples, [shard.sha256 for shard in s.shards], s.amplitude.rule, s.amplitude.scale]
-            for s in self.sources
-        ]
-        return hashlib.sha256(canonical_json(facts)).hexdigest()
+        """sha256 that names this data: names, splits, shard hashes, kept rows and amplitudes; not where it lies."""
+        return hashlib.sha256(canonical_json([source.identity() for source in self.sources])).hexdigest()
 
     def select(self, splits: Iterable[str] | str) -> Catalog:
         """The sources of these splits. The class list stays whole, so that train and test agree on labels."""
@@ -78,105 +122,226 @@ class Catalog:
             raise DataError(f"unknown split {sorted(wrong)}", do=f"choose from {', '.join(SPLITS)}")
         kept = tuple(s for s in self.sources if s.split in wanted)
         if not kept:
-            raise DataError(f"no source in split {sorted(wanted)}", where=str(self.root), do=self._holds())
+            raise DataError(f"no source in split {sorted(wanted)}", where=self.root, do=self._holds())
         return replace(self, sources=kept)
 
     def only(self, names: Iterable[str]) -> Catalog:
         """The sources with these names; the class list narrows to theirs."""
         wanted = set(names)
-        if missing := wanted - {s.name for s in self.sources}:
-            raise DataError(f"no source named {sorted(missing)}", where=str(self.root), do=self._holds())
-        return of(self.root, (s for s in self.sources if s.name in wanted))
+        self._know(wanted)
+        return replace(of(self.root, (s for s in self.sources if s.name in wanted), place=False), cache=self.cache)
+
+    def filter(self, text: str) -> Catalog:
+        """The samples for which `text` holds, e.g. `band == "X" and spacing < 1` (see shards.filters).
+
+        Reads the metadata files only. A sample that does not know a column the text names is left out. Sources without
+        a single such sample drop out; raises DataError when nothing is left.
+        """
+        from shards.filters import compile_filter
+        from shards.schema import COLUMNS
+
+        known = {name: kind for name, (kind, _) in COLUMNS.items()} | {"class": str, "height": int, "width": int}
+        expression = compile_filter(text, {**known, "source": str, "split": str})
+        sources = []
+        for source in self.sources:
+            table = self.table([*known], source)
+            passed = table.append_column("number", [np.arange(len(table))]).filter(expression)["number"].to_numpy()
+            sources.append(_keep(source, passed))
+        kept = tuple(s for s in sources if s.samples)
+        if not kept:
+            raise DataError(
+                f"no sample passes the filter {text!r}",
+                where=self.root,
+                do=f"see what the columns hold: foundation shards inspect {self.root}",
+            )
+        return replace(self, sources=kept)
+
+    def with_amplitudes(self, rules: Mapping[str, Amplitude]) -> Catalog:
+        """The same data under other amplitude rules, by name of source."""
+        self._know(set(rules))
+        return replace(self, sources=tuple(replace(s, amplitude=rules.get(s.name, s.amplitude)) for s in self.sources))
+
+    def store(self, source: Source) -> Store:
+        """Where the files of a source are fetched from."""
+        return Store(source.root, self.cache)
+
+    def table(self, columns: Sequence[str], *sources: Source) -> pyarrow.Table:
+        """These metadata columns of all kept samples (or of `sources`), in sample order, with `source` and `split`."""
+        import pyarrow
+
+        from shards import metadata
+
+        tables = []
+        for source in sources or self.sources:
+            file = source.metadata
+            table = metadata.read(self.store(source).fetch(file.name, file.bytes, file.sha256), source, columns)
+            if source.rows is not None:
+                starts = np.cumsum([0, *(s.samples for s in source.shards)])
+                table = table.take(np.concatenate([r + start for r, start in zip(source.rows, starts, strict=False)]))
+            for name, value in (("source", source.name), ("split", source.split)):
+                table = table.append_column(name, pyarrow.repeat(value, len(table)))
+            tables.append(table)
+        return pyarrow.concat_tables(tables)
 
     def check(self) -> None:
-        """Cheap check that every shard is there with the right size; raises DataError that lists all that are not."""
-        found: list[str] = []
-        for shard in (shard for source in self.sources for shard in source.shards):
-            path = self.root / shard.name
-            size = path.stat().st_size if path.is_file() else None
-            if size is None:
-                found.append(f"missing shard {shard.name}")
-            elif size < shard.bytes:
-                found.append(f"shard {shard.name} is cut off: {size} of {shard.bytes} bytes")
-            elif size > shard.bytes:
-                found.append(f"shard {shard.name} is not the packed one: {size} bytes, not {shard.bytes}")
-        _raise(found, self.root)
+        """Cheap check that every local shard is there with its size; raises DataError that lists all that are not.
 
-    def verify(self) -> None:
+        Files of a URL are checked when they arrive.
+        """
+        found: list[str] = []
+        for source in self.sources:
+            if not self.store(source).remote:
+                found += filter(None, (_complaint(Path(source.root) / s.name, s) for s in source.shards))
+        self._refuse(found)
+
+    def verify(self, progress: Callable[[int], None] | None = None) -> None:
         """Full check: reads every byte, compares sha256, and rebuilds each index to compare it; raises DataError."""
-        from shards.index import build, open_index
+        from shards import index as indexes
 
         self.check()
         found: list[str] = []
         for source in self.sources:
+            store = self.store(source)
+            files = [(source.metadata.name, source.metadata.bytes, source.metadata.sha256)]
             for shard in source.shards:
-                path = self.root / shard.name
-                with open(path, "rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                        found.append(f"shard {shard.name} has changed: its sha256 is not the packed one")
-                        continue
-                if not build(path, source.classes).equals(open_index(self.root, shard)):
+                path = store.fetch(shard.name, shard.bytes, shard.sha256)
+                if _sha256(path) != shard.sha256:
+                    found.append(f"shard {shard.name} has changed: its sha256 is not the packed one")
+                    continue
+                index = indexes.path_of(Path(shard.name)).name
+                files.append((index, shard.index_bytes, shard.index_sha256))
+                rows = indexes.read(store.fetch(index, shard.index_bytes, shard.index_sha256))
+                if not np.array_equal(rows, indexes.build(path, source.classes)):
                     found.append(f"index of {shard.name} disagrees with its shard (rebuild it)")
-        _raise(found, self.root)
+                if progress:
+                    progress(shard.samples)
+            found += [
+                f"{f[0]} has changed: its sha256 is not the packed one"
+                for f in files
+                if _sha256(store.fetch(*f)) != f[2]
+            ]
+        self._refuse(found)
+
+    def _know(self, names: set[str]) -> None:
+        if missing := names - {s.name for s in self.sources}:
+            raise DataError(f"no source named {sorted(missing)}", where=self.root, do=self._holds())
 
     def _holds(self) -> str:
         return "the catalog holds " + (", ".join(f"{s.name} ({s.split})" for s in self.sources) or "no sources")
 
+    def _refuse(self, found: list[str]) -> None:
+        if found:
+            lines = found[:10] + ([f"and {len(found) - 10} more"] if len(found) > 10 else [])
+            raise DataError("\n".join(lines), where=self.root, do="restore the files or pack the source again")
 
-def _raise(found: list[str], root: Path) -> None:
-    if found:
-        more = [f"and {len(found) - 10} more"] if len(found) > 10 else []
-        raise DataError("\n".join(found[:10] + more), where=str(root), do="restore the files or pack the source again")
+
+def _keep(source: Source, passed: np.ndarray) -> Source:
+    """The source reduced to the samples with these numbers among its kept ones, in rising order."""
+    if len(passed) == source.samples:
+        return source
+    starts = np.cumsum([0, *source.kept])
+    cuts = np.searchsorted(passed, starts)
+    rows = [(passed[a:b] - start).astype(np.int32) for a, b, start in zip(cuts, cuts[1:], starts, strict=False)]
+    if source.rows is not None:
+        rows = [old[new] for old, new in zip(source.rows, rows, strict=True)]
+    return replace(source, rows=tuple(rows))
 
 
-def of(root: Path, sources: Iterable[Source]) -> Catalog:
-    """A catalog of these sources, sorted by name, with the union of their classes."""
+def _complaint(path: Path, shard: Shard) -> str | None:
+    size = path.stat().st_size if path.is_file() else None
+    if size is None:
+        return f"missing shard {shard.name}"
+    if size < shard.bytes:
+        return f"shard {shard.name} is cut off: {size} of {shard.bytes} bytes"
+    return f"shard {shard.name} is not the packed one: {size} bytes, not {shard.bytes}" if size > shard.bytes else None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def of(root: str | Path, sources: Iterable[Source], *, place: bool = True) -> Catalog:
+    """A catalog of these sources, sorted by name, with the union of their classes; `place`: their files lie in root."""
     ordered = tuple(sorted(sources, key=lambda s: s.name))
-    return Catalog(root, VERSION, ordered, tuple(sorted({c for s in ordered for c in s.classes})))
+    if place:
+        ordered = tuple(replace(s, root=str(root)) for s in ordered)
+    return Catalog(str(root), VERSION, ordered, tuple(sorted({c for s in ordered for c in s.classes})))
 
 
-def save(catalog: Catalog) -> Path:
-    """Write `catalog.json` into the catalog's folder, whole or not at all."""
-    path = catalog.root / FILE_NAME
-    part = path.with_name(f".{FILE_NAME}.part")
+def text(catalog: Catalog) -> str:
+    """What `catalog.json` holds."""
+    sources = [{k: v for k, v in asdict(source).items() if k not in ("root", "rows")} for source in catalog.sources]
     value = {
         "version": catalog.version,
         "fingerprint": catalog.fingerprint,
         "samples": catalog.samples,
-        "sources": [asdict(source) for source in catalog.sources],
+        "sources": sources,
     }
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def save(catalog: Catalog) -> Path:
+    """Write `catalog.json` into the catalog's folder, whole or not at all."""
+    path = Path(catalog.root) / FILE_NAME
+    part = path.with_name(f".{FILE_NAME}.part")
+    part.write_text(text(catalog), encoding="utf-8")
     os.replace(part, path)
     return path
 
 
-def load(path: str | Path) -> Catalog:
-    """Read a catalog from its folder or its `catalog.json`; raises DataError when it cannot be used."""
-    path = Path(path)
-    file = path / FILE_NAME if os.path.isdir(path) else path
+def load(*roots: str | Path, cache: Cache | None = None) -> Catalog:
+    """The catalog of one folder or fsspec URL, or of several together; raises DataError when one cannot be used.
+
+    A root may also name its `catalog.json`. Files of a URL are copied to `cache` when they are needed.
+    """
+    loaded = [_load(str(root), cache) for root in roots]
+    sources = [source for catalog in loaded for source in catalog.sources]
+    names = [source.name for source in sources]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise DataError(
+            f"two catalogs hold a source named {twice[0]!r}",
+            where=" and ".join(c.root for c in loaded),
+            do="pack one of them under another name",
+        )
+    return replace(of(", ".join(c.root for c in loaded), sources, place=False), cache=cache)
+
+
+def _load(root: str, cache: Cache | None) -> Catalog:
+    root = root.removesuffix(FILE_NAME).rstrip("/") or "."
+    file = f"{root}/{FILE_NAME}"
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        store = Store(root, cache)
+        value = json.loads(store.read(FILE_NAME) if store.remote else Path(file).read_bytes())
         version = value["version"]
         if version == VERSION:
-            return of(file.parent, [_source(s) for s in value["sources"]])
+            return of(root, [_source(s) for s in value["sources"]])
     except FileNotFoundError as error:
-        raise DataError("no catalog here", where=str(file), do="make one with: foundation shards pack") from error
+        raise DataError("no catalog here", where=file, do="make one with: foundation shards pack") from error
     except OSError as error:
         what = f"the catalog cannot be read: {error.strerror}"
-        raise DataError(what, where=str(file), do="correct the path or the permissions") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"the catalog cannot be read: {error!r}", where=str(file), do="pack again") from error
+        raise DataError(what, where=file, do="correct the path or the permissions") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(f"the catalog cannot be read: {error!r}", where=file, do="pack again") from error
     raise DataError(
         f"the catalog has version {version}; this program reads version {VERSION}",
-        where=str(file),
+        where=file,
         do="pack again with this program, or use the one that packed it",
     )
 
 
 def _source(value: dict[str, Any]) -> Source:
     shards = tuple(Shard(**shard) for shard in value["shards"])
-    for shard in shards:
-        if Path(shard.name).name != shard.name:  # a catalog may not point outside its folder
-            raise ValueError(f"shard name {shard.name!r}")
-    fixed = {"shards": shards, "classes": tuple(value["classes"]), "amplitude": Amplitude(**value["amplitude"])}
+    metadata = Sidecar(**value["metadata"])
+    for name in (metadata.name, *(shard.name for shard in shards)):
+        if Path(name).name != name:  # a catalog may not point outside its folder
+            raise ValueError(f"file name {name!r}")
+    fixed = {
+        "shards": shards,
+        "metadata": metadata,
+        "classes": tuple(value["classes"]),
+        "amplitude": Amplitude(**value["amplitude"]),
+    }
+    if value.keys() & {"root", "rows"}:
+        raise ValueError("a catalog file does not say where it lies")
     return Source(**(value | fixed))

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -56,13 +55,9 @@ class Listing:
         for start in range(0, len(self), size):
             ids = self.ids[start : start + size]
             samples = [self.reader[i] for i in ids]
-            yield Batch(
-                pixels=[torch.from_numpy(np.array(s.pixels)) for s in samples],
-                scale=torch.tensor([s.scale for s in samples], dtype=torch.float32),
-                label=self.y[start : start + size],
-                position=torch.arange(start, start + len(ids)),
-                sample_id=torch.tensor(ids, dtype=torch.int64),
-            )
+            number = torch.arange(start, start + len(ids))
+            batch = Batch.of(samples, number, torch.tensor(ids, dtype=torch.int64))
+            yield replace(batch, label=self.y[start : start + size])
 
 
 def listing(reader: SampleReader, names: Sequence[str], classes: Sequence[str] | None = None) -> Listing:

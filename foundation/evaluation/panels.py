@@ -95,10 +95,7 @@ def pick_images(catalog: Catalog, size: int, count: int) -> Tensor:
     """Images spread over the catalog, resized without randomness: fp32 [count, C, size, size]."""
     reader = Reader(catalog)
     ids = torch.linspace(0, len(reader) - 1, count).long()
-    samples = [reader[i] for i in ids.tolist()]
-    scale = torch.tensor([s.scale for s in samples], dtype=torch.float32)
-    batch = Batch([torch.from_numpy(s.pixels) for s in samples], scale, torch.full((count,), -1), ids, ids)
-    return resize_center(batch, size)
+    return resize_center(Batch.of([reader.valid(i) for i in ids.tolist()]), size)
 
 
 def reconstruct(objective: MaskedReconstruction, model: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,8 +19,8 @@ from foundation.evaluation.suite import RANDOM, evaluate
 from foundation.files import write_whole
 from foundation.interchange import load_encoder, random_encoder
 from foundation.training import checkpoint
+from foundation.training.data import cache, training_catalog
 from foundation.training.mlflow_sink import MlflowSink
-from foundation.training.setup import training_catalog
 from shards.audit import overlap
 from shards.catalog import Catalog
 from shards.catalog import load as load_catalog
@@ -27,10 +28,10 @@ from shards.catalog import load as load_catalog
 
 def evaluate_run(
     path: Path,
-    data: Path,
+    data: str,
     protocol: str,
     *,
-    test: Path | None = None,
+    test: str | None = None,
     mode: str = "linear",
     shots: Sequence[int] = fewshot.SHOTS,
     seeds: Sequence[int] = fewshot.SEEDS,
@@ -46,11 +47,11 @@ def evaluate_run(
     """
     encoder, config = load_encoder(path, device)
     state = checkpoint.load(path)
-    catalog, tested = load_catalog(data), load_catalog(test or data)
+    catalog, tested = (load_catalog(root, cache=cache(config.data)) for root in (data, test or data))
     pictures = training_data(config)
     origin = {
         "weights": f"{state['position']:,} samples",
-        "data": f"{data.resolve().name} {tested.select('test').fingerprint[:8]}",
+        "data": f"{os.path.basename(os.path.abspath(data))} {tested.select('test').fingerprint[:8]}",
         "train_data": catalog.select("train").fingerprint,
         "pretrained_on_test_images": leaked(pictures, tested.select("test")),
         "random_init": f"one initialisation, seed {config.seed}; the interval does not cover it",

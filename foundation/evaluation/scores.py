@@ -71,7 +71,7 @@ METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {"accuracy": accuracy, "
 
 def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean and the ends of its two-sided 95 % t-interval, cut to [0, 1]; the mean alone is its own interval."""
-    from scipy.stats import t  # type: ignore[import-untyped]  # comes with scikit-learn
+    from scipy.stats import t  # comes with scikit-learn
 
     n, mean = len(values), math.fsum(values) / len(values)
     if n == 1:

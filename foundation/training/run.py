@@ -12,18 +12,9 @@ from torch import Tensor
 from foundation.config import Config
 from foundation.evaluation.panels import write_run_report
 from foundation.training import engine as engines
+from foundation.training.data import last_position, open_data, open_stream, report_replaced
 from foundation.training.meters import Throughput
-from foundation.training.setup import (
-    build_learner,
-    describe,
-    last_position,
-    micro_batch,
-    open_data,
-    refuse_overwrite,
-    restore,
-    save,
-    write_record,
-)
+from foundation.training.setup import build_learner, describe, refuse_overwrite, restore, save, write_record
 from foundation.training.step import Learner, train_step
 from foundation.training.tracking import Status, Tracker, open_tracker
 from shards.addressed import bits
@@ -53,21 +44,8 @@ def _train(config: Config, engine: engines.Engine, resume: bool) -> Path:
     folder = config.run_folder
     state, notes = restore(learner, catalog, folder) if resume else (None, refuse_overwrite(folder))
     position = state["position"] if state else 0
-    train = config.train
     record = write_record(learner, catalog) if engine.rank == 0 else []
-    stream = Stream(
-        catalog,
-        seed=config.seed,
-        lanes=config.data.lanes,
-        block_shards=config.data.block_shards,
-        global_batch=train.global_batch,
-        micro_batch=micro_batch(config, engine.world_size),
-        rank=engine.rank,
-        world_size=engine.world_size,
-        workers=config.data.workers,
-        start=position,
-        stop=last_position(config),
-    )
+    stream = open_stream(config, catalog, engine, position)
     tracker = open_tracker(config, rank=engine.rank, position=position, run_id=state["run_id"] if state else None)
     status: Status = "FAILED"
     try:
@@ -109,6 +87,7 @@ def loop(learner: Learner, catalog: Catalog, stream: Stream, tracker: Tracker, p
     while position < end:
         with meter.waiting():
             batches = next(steps)
+        report_replaced(config, batches, engine.rank, tracker)
         values = train_step(learner, batches, position)
         position += train.global_batch
         meter.update(train.global_batch)

@@ -1,4 +1,4 @@
-"""What a run is made of before its first update: data, learner, and the checkpoint it continues from."""
+"""What a run is made of before its first update: the learner, and the checkpoint it continues from."""
 
 from __future__ import annotations
 
@@ -10,44 +10,20 @@ from typing import Any
 import torch
 
 from foundation.config import Config, config_hash, resolved_yaml, to_dict
-from foundation.errors import CheckpointError, ConfigError
+from foundation.errors import CheckpointError
 from foundation.files import write_whole
 from foundation.objectives.registry import build
 from foundation.training import checkpoint
 from foundation.training import engine as engines
+from foundation.training.data import FREE, coverage, micro_batch
 from foundation.training.meters import environment
 from foundation.training.optim import build_optimizer, rule_table
 from foundation.training.step import Learner
 from kernels.rpe_attention import resolve
-from shards.audit import refuse_overlap
 from shards.augment import Augment
 from shards.catalog import Catalog
-from shards.catalog import load as load_catalog
 
 ENVIRONMENT = "environment.json"
-
-
-def training_catalog(config: Config) -> Catalog:
-    """The catalog's training splits. Raises ConfigError when none is named, DataError when it cannot be used."""
-    if config.data.catalog is None:
-        raise ConfigError(
-            "no data: data.catalog is not set",
-            where="data.catalog",
-            do="data.catalog=PATH; make one with `foundation shards pack` or `foundation shards synth`",
-        )
-    return load_catalog(Path(config.data.catalog)).select(config.data.splits)
-
-
-def open_data(config: Config) -> Catalog:
-    """The training splits, after a check that none of their images is a test image of the same catalog.
-
-    Raises ConfigError, and DataError for a catalog that cannot be used or leaks.
-    """
-    learnt = training_catalog(config)
-    whole = load_catalog(learnt.root)
-    if any(source.split == "test" for source in whole.sources):
-        refuse_overlap(learnt, whole.select("test"))
-    return learnt
 
 
 def build_learner(config: Config, engine: engines.Engine) -> Learner:
@@ -69,25 +45,6 @@ def build_learner(config: Config, engine: engines.Engine) -> Learner:
     )
 
 
-def micro_batch(config: Config, world_size: int) -> int:
-    """Samples per forward pass and process; the largest by default. Raises ConfigError when nothing divides."""
-    share, rest = divmod(config.train.global_batch, world_size)
-    size = config.train.micro_batch or share
-    if rest or share % size:
-        raise ConfigError(
-            f"train.global_batch={config.train.global_batch} is not a whole number of micro-batches of {size} on "
-            f"{world_size} processes",
-            where="train.micro_batch",
-            do=f"choose a divisor of {share if not rest else 'a global batch that the processes divide'}",
-        )
-    return size
-
-
-def last_position(config: Config) -> int:
-    """`train.samples` rounded up to whole global batches."""
-    return -(-config.train.samples // config.train.global_batch) * config.train.global_batch
-
-
 def describe(learner: Learner, catalog: Catalog) -> list[str]:
     """What a reader of the log wants to know before the first number."""
     config, engine = learner.config, learner.engine
@@ -95,8 +52,7 @@ def describe(learner: Learner, catalog: Catalog) -> list[str]:
     micro = micro_batch(config, engine.world_size)
     accumulated = config.train.global_batch // engine.world_size // micro
     lines = [
-        f"data: {catalog.samples:,} samples in {len(catalog.sources)} sources, fingerprint {catalog.fingerprint[:12]}, "
-        f"{last_position(config) / catalog.samples:.1f} passes",
+        *coverage(config, catalog),
         f"model: {config.objective.name}, {config.model.size}/{config.model.patch}, {count:,} parameters, "
         f"attention {resolve(config.model.attention, engine.device.type)}, {config.train.precision}",
         f"engine: {engine.name}, {engine.world_size} process(es) on {engine.device.type}, global batch "
@@ -151,7 +107,7 @@ def restore(learner: Learner, catalog: Catalog, folder: Path) -> tuple[dict[str,
     config = learner.config
     then, now = state["config"], to_dict(config)
     fixed = [("seed",), ("train", "global_batch"), ("train", "samples")]
-    fixed += [("data", key) for key in now["data"] if key not in ("catalog", "workers", "splits")]
+    fixed += [("data", key) for key in now["data"] if key not in FREE]
     fixed += [("model", key) for key in now["model"] if key != "attention"]
     fixed += [(section, key) for section in ("objective", "optim") for key in now[section]]
     differing = [".".join(keys) for keys in fixed if dig(then, keys) != dig(now, keys)]
@@ -202,7 +158,7 @@ def write_record(learner: Learner, catalog: Catalog) -> list[Path]:
         "attention": resolve(config.model.attention, engine.device.type),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
-        "data": f"{config.data.catalog}, fingerprint {catalog.fingerprint}",
+        "data": f"{', '.join(config.data.catalog)}, fingerprint {catalog.fingerprint}",
         "config_hash": config_hash(config),
     }
     record = json.dumps({**environment(), **resolved}, indent=1)

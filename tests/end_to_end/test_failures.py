@@ -123,10 +123,10 @@ def test_a_shard_that_breaks_during_training_stops_the_run_with_its_name(
             shard.unlink()
     code, output = finish(process)
     assert code == 2, output
-    what = {"cut": "the shard was cut off while it was read: ", "missing": "missing shard"}[damage]
+    what = {"cut": "the shard was cut off while it was read: ", "missing": "no such file"}[damage]
     assert f"DataError: {what}" in output
     assert f"where: {data}/chips-" in output
-    assert "restore the file or pack the source again" in output
+    assert {"cut": "restore the file or pack the source again", "missing": "complete the catalog"}[damage] in output
     assert "Traceback" not in output
 
 

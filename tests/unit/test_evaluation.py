@@ -35,7 +35,8 @@ class Chips(list):
             pixels = rng.integers(0, 60, (1, size, size), dtype=np.uint8)
             label = i % len(names)
             pixels[0, 6 + label : 8 + label, 6:10] = 250
-            self.append(SimpleNamespace(pixels=pixels, scale=255.0, label=label, key=f"k{offset + i}", source="toy"))
+            rule = {"scale": 255.0, "decibels": 0.0}
+            self.append(SimpleNamespace(pixels=pixels, **rule, label=label, key=f"k{offset + i}", source="toy"))
 
 
 class Toy(nn.Module):

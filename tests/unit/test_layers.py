@@ -13,7 +13,10 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("foundation", "shards", "kernels", "launch")
 DISTRIBUTED = ("torch.distributed", "torch.nn.parallel", "torch.multiprocessing", "deepspeed", "accelerate")
 ALLOWED = {
-    "shards": {"shards", "numpy", "torch", "webdataset", "PIL"},
+    "shards": {
+        *("shards", "numpy", "torch", "webdataset", "PIL", "scipy", "pyarrow", "fsspec", "filelock", "zstandard"),
+        *("rasterio", "sarkit", "h5py", "matplotlib", "jinja2", "aiohttp"),
+    },
     "kernels": {"kernels", "numpy", "torch", "triton"},
 }
 

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from foundation.config import Config
 from foundation.errors import DataError, NumericsError
+from foundation.training.data import open_data
 from foundation.training.engine import Engine
-from foundation.training.setup import build_learner, open_data
+from foundation.training.setup import build_learner
 from foundation.training.step import Learner, train_step
 from shards.stream import Batch, Stream
 

@@ -1,0 +1,142 @@
+"""A run learns from several places, filtered and mixed as its configuration says, and says what it left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from object_store import ObjectServer
+from processes import finish, hashes, record, start
+
+from foundation.config import Config
+from foundation.training.data import REPLACED, training_catalog
+from foundation.training.run import train
+from shards import catalog as catalogs
+from shards import index as indexes
+from shards.errors import DataError
+from shards.transfer import copy
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[tuple[ObjectServer, dict[str, str]]]:
+    """A real S3 server on loopback behind a counting, misbehaving proxy, and the environment of its clients."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with ObjectServer(upstream=f"{host}:{port}") as proxy:
+        environment = {
+            "AWS_ENDPOINT_URL": proxy.url,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        before = dict(os.environ)
+        os.environ.update(environment)
+        yield proxy, environment
+        os.environ.clear()
+        os.environ.update(before)
+    server.stop()
+
+
+@pytest.fixture
+def uploaded(bucket, catalog: Path) -> str:
+    import s3fs
+
+    s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"]).makedirs("corpora", exist_ok=True)
+    copy(catalogs.load(catalog), "s3://corpora/small")
+    return "s3://corpora/small"
+
+
+def test_a_run_from_a_bucket_sees_what_a_run_from_a_folder_sees_whatever_the_server_does(
+    bucket, uploaded: str, tiny_yaml: Path, finished: Path, tmp_path: Path
+) -> None:
+    proxy, _ = bucket
+    proxy.requests.clear()
+    proxy.faults.extend(["", 503, "truncate", 500, "", "truncate"])
+    where = [f"data.catalog={uploaded}", f"data.cache={tmp_path / 'cache'}", "data.workers=2"]
+    code, output = finish(start("train", tiny_yaml, *where, "train.samples=48"))
+    assert code == 0, output
+    assert hashes(tmp_path / "runs" / "tiny") == hashes(finished)[: len(record(tmp_path / "runs" / "tiny"))]
+    names = {
+        shard.name
+        for source in catalogs.load(uploaded).select(("pretrain", "train")).sources
+        for shard in source.shards
+    }
+    cached = {path.name.partition("-")[2] for path in (tmp_path / "cache").glob("*/*.tar")}
+    assert cached
+    assert cached <= names
+    # Each file once, whatever the number of processes, and again only for an injected fault.
+    assert len(proxy.gets(".tar")) <= len(cached) + 6
+
+
+def test_copying_a_catalog_goes_on_where_it_was_and_never_hides_other_sources(uploaded: str, catalog: Path) -> None:
+    here = catalogs.load(catalog)
+    assert catalogs.load(uploaded).fingerprint == here.fingerprint
+    assert copy(here, uploaded) == 0
+    with pytest.raises(DataError, match=r"a catalog there holds other sources: unseen[\s\S]*another target"):
+        copy(here.select(("pretrain", "train")), uploaded)
+
+
+def test_a_damaged_sample_is_replaced_listed_and_told_once_and_the_run_goes_on(
+    tiny_yaml: Path, catalog: Path, finished: Path, tmp_path: Path
+) -> None:
+    data = Path(shutil.copytree(catalog, tmp_path / "data"))
+    (free,) = catalogs.load(data).only(["free"]).sources
+    for shard in free.shards:
+        for row in (0, 2):
+            offset = int(indexes.read(indexes.path_of(data / shard.name))[row]["offset"])
+            with open(data / shard.name, "r+b") as file:
+                file.seek(offset + 5)
+                file.write(b"\x00\xff\x00\xff")
+    code, output = finish(start("train", tiny_yaml, f"data.catalog={data}", "data.workers=1"))
+    assert code == 0, output
+    lines = [json.loads(line) for line in (tmp_path / "runs" / "tiny" / REPLACED).read_text().splitlines()]
+    assert lines
+    assert all(line["used"] != line["corrupt"] and "free-" in line["reason"] for line in lines)
+    assert output.count("a damaged sample was replaced") == 1
+    assert len(record(tmp_path / "runs" / "tiny")) == len(record(finished))
+    touched = {line["position"] // 8 for line in lines}
+    same = [a == b for a, b in zip(hashes(tmp_path / "runs" / "tiny"), hashes(finished), strict=True)]
+    assert [step not in touched for step in range(len(same))] == same
+    code, output = finish(start("train", tiny_yaml, f"data.catalog={data}", "data.corrupt=stop", "name=strict"))
+    assert code == 2
+    assert "DataError: sample free-" in output
+    assert "data.corrupt=replace" in output
+
+
+def test_filter_weights_and_amplitude_reach_the_run(tiny_config: Make, tmp_path: Path) -> None:
+    lines = ["data.filter=source != 'free'", "data.amplitude={known: {scale: 50, decibels: 30}}", "name=other"]
+    config = tiny_config(*lines, "train.samples=16")
+    learnt = training_catalog(config)
+    assert [source.name for source in learnt.sources] == ["known"]
+    assert learnt.sources[0].amplitude == catalogs.Amplitude("run", 50, 30)
+    run = train(config)
+    with pytest.raises(Exception, match=r"started with other values of: data.filter, data.amplitude"):
+        train(tiny_config("name=other", "train.samples=16"))
+    assert len(record(run)) == 2
+    weighted = tiny_config("data.weights={free: 0, known: 1}", "name=weighted", "train.samples=16")
+    assert train(weighted).exists()
+    with pytest.raises(DataError, match="no weight is given for known"):
+        train(tiny_config("data.weights={free: 1}", "name=third"))
+
+
+def test_the_test_images_of_another_catalog_can_be_held_out(tiny_config: Make, catalog: Path, tmp_path: Path) -> None:
+    from shards.pack import SourceSpec, pack
+    from shards.reader import Reader
+    from shards.schema import Record
+
+    seen = Reader(catalogs.load(catalog).only(["free"]))
+    stolen = [Record(seen.native(i)[0], f"stolen-{i}") for i in range(3)]
+    pack(tmp_path / "exam", [SourceSpec("exam", split="test", records=stolen)])
+    held = f"data.held_out=['{tmp_path / 'exam'}']"
+    with pytest.raises(DataError, match="3 images to learn from are also test images"):
+        train(tiny_config(held, "name=held", "train.samples=16"))
+    assert train(tiny_config(held, "data.overlap=allow", "name=held", "train.samples=16")).exists()
