@@ -161,10 +161,16 @@ class Reader:
         tar, index = self._files(part)
         try:
             data = store.open(*tar)  # a descriptor at once: another process may need the cache's room
-            opened_index = indexes.open_index(store.fetch(*index), Path(data.name), shard, len(source.classes))
         except OSError as error:
             where = f"{source.root}/{shard.name}"
             raise DataError(f"the shard cannot be read: {error}", where=where, do="restore the file") from error
+        path = store.fetch(*index)
+        try:
+            opened_index = indexes.open_index(path, Path(data.name), shard, len(source.classes))
+        except DataError:
+            if store.remote and not (path.exists() and Path(data.name).exists()):
+                return self._shard(part)  # deleted from the cache in between
+            raise
         rows = None if source.rows is None else source.rows[number]
         opened = self._open[part] = _Open(source, shard, rows, data, opened_index)
         if len(self._open) > _OPEN_SHARDS:

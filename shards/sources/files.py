@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tarfile
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,6 +16,7 @@ from typing import Any
 
 from shards.errors import DataError
 from shards.schema import Rejected
+from shards.store import Store, filesystem, redact
 
 MAX_BYTES = 8 << 30  # of one file that is read whole
 
@@ -58,8 +60,7 @@ class Files:
             raise DataError(f"a file of {size:,} bytes is not read whole", where=name, do="cut it into tiles first")
         try:
             if self.remote:
-                filesystem, base = self._remote_root
-                return bytes(filesystem.cat_file(f"{base}/{name}"))
+                return Store(self.root).read(name)
             with open(self._file(name), "rb") as file:
                 file.seek(offset)
                 return file.read(size)
@@ -82,8 +83,7 @@ class Files:
         offset, size = self._places[name]
         try:
             if self.remote:
-                filesystem, base = self._remote_root
-                filesystem.get_file(f"{base}/{name}", str(path))
+                self._download(name, path)
                 return
             with open(self.root, "rb") as source, open(path, "wb") as target:
                 source.seek(offset)
@@ -91,7 +91,21 @@ class Files:
                     target.write(data)
                     size -= len(data)
         except OSError as error:
-            raise DataError(f"cannot be copied: {error}", where=name, do="free space, or fetch it again") from error
+            what = f"cannot be copied: {redact(str(error))}"
+            raise DataError(what, where=name, do="free space, or fetch it again") from error
+
+    def _download(self, name: str, path: Path) -> None:
+        fs, base = self._remote_root
+        for wait in (1, 5, 25, None):
+            try:
+                fs.get_file(f"{base}/{name}", str(path))
+                return
+            except FileNotFoundError:
+                raise
+            except OSError:
+                if wait is None:
+                    raise
+                time.sleep(wait)
 
     @property
     def _is_tar(self) -> bool:
@@ -102,16 +116,18 @@ class Files:
 
     @cached_property
     def _remote_root(self) -> tuple[Any, str]:
-        from shards.store import filesystem
-
         return filesystem(self.root)
 
     @cached_property
     def _scan(self) -> tuple[dict[str, tuple[int, int]], list[Rejected]]:
         """Name → (offset in its file, size), and what is refused."""
         if self.remote:
-            filesystem, base = self._remote_root
-            found = filesystem.find(base, detail=True)
+            fs, base = self._remote_root
+            try:
+                found = fs.find(base, detail=True)
+            except OSError as error:
+                where = redact(self.root)
+                raise DataError(f"cannot be listed: {redact(str(error))}", where=where, do="check the URL") from error
             return {path[len(base) :].lstrip("/"): (0, int(info["size"])) for path, info in found.items()}, []
         root = Path(self.root)
         if root.is_dir():

@@ -140,3 +140,32 @@ def test_the_test_images_of_another_catalog_can_be_held_out(tiny_config: Make, c
     with pytest.raises(DataError, match="3 images to learn from are also test images"):
         train(tiny_config(held, "name=held", "train.samples=16"))
     assert train(tiny_config(held, "data.overlap=allow", "name=held", "train.samples=16")).exists()
+
+
+def test_scenes_and_chips_in_a_bucket_are_packed_as_if_they_lay_here(bucket, tmp_path: Path) -> None:
+    import numpy as np
+    import rasterio
+    import s3fs
+    from PIL import Image
+
+    from shards.pack import pack, published
+    from shards.sources.base import Options
+
+    rng = np.random.default_rng(0)
+    (tmp_path / "here" / "chips" / "ship").mkdir(parents=True)
+    (tmp_path / "here" / "scenes").mkdir()
+    for i in range(3):
+        Image.fromarray(rng.integers(1, 255, (20, 24), np.uint8)).save(tmp_path / f"here/chips/ship/{i}.png")
+    shape = {"height": 90, "width": 150, "count": 1, "dtype": "uint16"}
+    with rasterio.open(tmp_path / "here/scenes/s.tif", "w", driver="GTiff", **shape) as scene:
+        scene.write(rng.rayleigh(100, (1, 90, 150)).astype(np.uint16))
+    remote = s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    remote.makedirs("raw", exist_ok=True)
+    remote.put(str(tmp_path / "here"), "raw/", recursive=True)
+    found = []
+    for place in (tmp_path / "here", "s3://raw/here"):
+        chips = published("folder", "chips", f"{place}/chips")
+        scenes = published("geotiff", "scenes", f"{place}/scenes", options=Options(tile=64, overlap=8))
+        found.append(pack(tmp_path / f"out{len(found)}", [*chips, *scenes]))
+    assert [source.samples for source in found[0].sources] == [3, 6]
+    assert found[0].fingerprint == found[1].fingerprint

@@ -1,0 +1,378 @@
+"""Where the files of a catalog are: a folder, or S3, GCS or HTTP through fsspec and a cache on the node."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import re
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
+
+from shards.cache import Cache
+from shards.errors import DataError
+
+PACKAGES = {
+    "s3": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "http": "aiohttp",
+    "https": "aiohttp",
+    "file": "",
+    "memory": "",
+}
+PIECE, TOGETHER = 8 << 20, 8  # bytes of one request, and how many are under way for one file
+WRONG_BYTES = 3  # how often a file may arrive with other bytes than expected
+PREFETCH_DEPTH, PREFETCH_THREADS = 32, 2
+log = logging.getLogger(__name__)
+_filesystems: dict[tuple[object, ...], Any] = {}
+_jitter = random.SystemRandom()  # forked children must not wait in step
+
+
+class Entry(NamedTuple):
+    """A file of a catalog: path below the root, bytes, sha256 in hex."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How long to insist. All in seconds.
+
+    `patience`: without any progress until giving up; `first`, `longest`: waits between tries, which double;
+    `connect`, `read`: time-outs of a request, `read` without a byte.
+    """
+
+    patience: float = 600
+    first: float = 0.5
+    longest: float = 30
+    connect: float = 10
+    read: float = 30
+
+
+def redact(text: str) -> str:
+    """`text` with user names, passwords and queries of its URLs replaced."""
+    text = re.sub(r"(\w://)[^/\s'\"]*@", r"\1***@", text)
+    return re.sub(r"(\w://[^\s'\"?#]*)[?#][^\s'\"]*", r"\1?***", text)
+
+
+def filesystem(url: str, retry: Retry | None = None) -> tuple[Any, str]:
+    """The fsspec file system of a URL or path, and the path of the URL in it.
+
+    One per process, kind and `retry`. Credentials and endpoints come from the environment of the kind (AWS_*,
+    GOOGLE_APPLICATION_CREDENTIALS) or from FSSPEC_* variables. Raises DataError for an unknown kind of URL and for a
+    missing package.
+    """
+    retry = retry or Retry()
+    scheme = url.partition("://")[0] if "://" in url else "file"
+    if scheme not in PACKAGES:
+        raise DataError(f"{scheme}:// is not read here", where=redact(url), do=f"use one of {', '.join(PACKAGES)}")
+    # An instance and its event loop do not survive a fork. Those of the parent stay listed: collecting them in a
+    # child would close sessions on a loop that no longer runs.
+    key = (os.getpid(), scheme, retry)
+    if key not in _filesystems:
+        try:
+            created = _create(scheme, retry)
+        except ImportError as error:
+            package = PACKAGES[scheme] or "fsspec"
+            raise DataError(f"{scheme}:// needs a package: {error}", do=f"pip install {package}") from error
+        _filesystems.setdefault(key, created)
+    fs = _filesystems[key]
+    return fs, fs._strip_protocol(url).rstrip("/")
+
+
+def _create(scheme: str, retry: Retry) -> Any:
+    """Retrying is left to this module, so that waits do not multiply; listings are never cached."""
+    from fsspec import get_filesystem_class
+
+    kind: Any = get_filesystem_class(scheme)
+    options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+    if scheme == "s3":
+        timeouts = {"connect_timeout": retry.connect, "read_timeout": retry.read}
+        options["config_kwargs"] = {**timeouts, "retries": {"total_max_attempts": 1}}
+    if PACKAGES[scheme] in ("aiohttp", "gcsfs"):
+        from aiohttp import ClientTimeout
+
+        timeout = ClientTimeout(total=None, sock_connect=retry.connect, sock_read=retry.read)
+    if PACKAGES[scheme] == "gcsfs":
+        # The class that gcsfs registers asks what kind of bucket it is, by gRPC, which does not survive a fork.
+        kind = import_module("gcsfs.core").GCSFileSystem
+        options["requests_timeout"] = timeout
+    elif PACKAGES[scheme] == "aiohttp":
+        session = {"trust_env": True, "auto_decompress": False, "headers": {"Accept-Encoding": "identity"}}
+        options["client_kwargs"] = {**session, "timeout": timeout}
+    fs = kind(**options)
+    if scheme == "s3":
+        fs.retries = 1
+    return fs
+
+
+class Store:
+    """The files below `root`, a folder or a URL. Picklable; survives a fork.
+
+    Files of a URL are copied whole into `cache`, once for all processes of the node, and checked on arrival.
+    """
+
+    def __init__(self, root: str | Path, cache: Cache | None = None, retry: Retry | None = None) -> None:
+        self.root = str(root).removeprefix("file://")
+        self.remote = "://" in self.root
+        self.cache, self.retry = cache, retry or Retry()
+        self._key = redact(self.root).rstrip("/")  # a new token is no new catalog
+        self._prefetcher: _Prefetcher | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prefetcher": None}
+
+    def fetch(self, name: str, size: int, sha256: str) -> Path:
+        """A complete local file with these bytes; of a local root the file itself, unchecked.
+
+        Another process may need the room for other files: open it at once, or use `open`. Raises DataError.
+        """
+        if not self.remote:
+            return Path(self.root) / _inside(name)
+        if self.cache is None:
+            raise DataError("a remote catalog needs a cache", where=self._where(name), do="name a folder of the node")
+        path = self.cache.path(self._key, name, sha256)
+        if self.cache.hit(path, size):
+            return path
+        attempts = _Attempts(self.retry, self._where(name))
+        with self.cache.writing(path, size, attempts.idle) as file:
+            if file is not None:
+                self._download(file, Entry(_inside(name), size, sha256), attempts)
+        return path
+
+    def open(self, name: str, size: int, sha256: str) -> BinaryIO:
+        """The file of `fetch`, unbuffered, open before anybody can delete it from the cache."""
+        while True:
+            path = self.fetch(name, size, sha256)
+            try:
+                return open(path, "rb", buffering=0)
+            except FileNotFoundError:
+                if not self.remote:
+                    raise DataError("no such file", where=str(path), do="complete the catalog") from None
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a small file, not cached. Raises DataError."""
+        attempts = _Attempts(self.retry, self._where(name))
+        fs, base = filesystem(self.root, self.retry)
+        path = _join(base, _inside(name))
+        while True:
+            try:
+                return bytes(fs.cat_file(path))
+            except Exception as error:
+                attempts.failed(error, final=not self.remote)
+
+    def prefetch(self, items: Iterable[tuple[str, int, str]]) -> None:
+        """Begin to fetch in the background, as far as there is room to remember; errors are left to `fetch`."""
+        if not self.remote or self.cache is None:
+            return
+        if self._prefetcher is None or self._prefetcher.process != os.getpid():
+            filesystem(self.root, self.retry)  # imports and the event loop belong to this thread
+            self._prefetcher = _Prefetcher(self.fetch)
+        self._prefetcher.add(Entry(*item) for item in items)
+
+    def _where(self, name: str) -> str:
+        return _join(redact(self.root.rstrip("/")), name)
+
+    def _download(self, file: BinaryIO, item: Entry, attempts: _Attempts) -> None:
+        """Write the file, resumed where its kind allows it; raises DataError."""
+        fs, base = filesystem(self.root, self.retry)
+        url, pieces = _join(base, item.name), _streamed if self.root.startswith("http") else _ranged
+        sha, done, wrong = hashlib.sha256(), 0, 0
+        while True:
+            try:
+                for data in pieces(fs, url, done, item.size):
+                    _write(file, data)
+                    sha.update(data)
+                    done += len(data)
+                    attempts.reached(done)
+                if done == item.size and sha.hexdigest() == item.sha256:
+                    return
+                found = f"{done:,} bytes, sha256 {sha.hexdigest()[:12]}"
+                raise _ChangedError(f"{found} instead of {item.size:,}, {item.sha256[:12]}")
+            except _Full as error:
+                raise error.cause from None
+            except Exception as error:
+                wrong += isinstance(error, _ChangedError)
+                attempts.failed(error, final=wrong == WRONG_BYTES)
+                if isinstance(error, _ChangedError) or pieces is _streamed:
+                    sha, done = hashlib.sha256(), 0
+                    file.seek(0)
+
+
+class _ChangedError(Exception):
+    """The server has other bytes than the catalog says."""
+
+
+class _Full(Exception):
+    """The local disk failed, not the server."""
+
+    def __init__(self, cause: OSError) -> None:
+        self.cause = cause
+
+
+def _write(file: BinaryIO, data: bytes) -> None:
+    try:
+        file.write(data)
+    except OSError as error:
+        raise _Full(error) from error
+
+
+def _ranged(fs: Any, path: str, start: int, stop: int) -> Iterator[bytes]:
+    """Bytes [start, stop) of a remote file by requests for parts, several at a time."""
+    for at in range(start, stop, PIECE * TOGETHER):
+        starts = range(at, min(at + PIECE * TOGETHER, stop), PIECE)
+        ends = [min(begin + PIECE, stop) for begin in starts]
+        for begin, end, data in zip(starts, ends, fs.cat_ranges([path] * len(ends), list(starts), ends), strict=True):
+            if isinstance(data, BaseException):
+                raise data
+            yield data
+            if len(data) < end - begin:
+                return
+
+
+def _streamed(fs: Any, url: str, start: int, stop: int) -> Iterator[bytes]:
+    """A remote file from its beginning in one request, for servers that may not know ranges; at most stop + 1 bytes."""
+    with fs.open(url, block_size=0, size=stop or 1) as file:
+        left = stop + 1
+        while left and (data := file.read(min(PIECE, left))):
+            left -= len(data)
+            yield data
+
+
+class _Attempts:
+    """The tries for one file: waits between them, and the DataError that ends them."""
+
+    def __init__(self, retry: Retry, where: str) -> None:
+        self.retry, self.where = retry, where
+        self.since: float | None = None  # when progress stopped
+        self.tries = self.failures = self.best = 0
+        self.sign: object = None
+
+    def reached(self, done: int) -> None:
+        """Note progress: more bytes than ever before."""
+        if done > self.best:
+            self.best, self.since, self.failures = done, None, 0
+
+    def idle(self, sign: object) -> None:
+        """Wait a moment for another process, which shows progress by new values of `sign`."""
+        now = time.monotonic()
+        if self.since is None or sign != self.sign:
+            self.since, self.sign = now, sign
+        if now - self.since > self.retry.patience:
+            what = f"another process of this node has been at it for {now - self.since:.0f} s without progress"
+            raise DataError(what, where=self.where, do="see what that process reports, or give the cache more room")
+        time.sleep(0.02 + 0.1 * _jitter.random())
+
+    def failed(self, error: Exception, *, final: bool = False) -> None:
+        """Wait before the next try, or raise DataError when there is no point in one."""
+        self.tries, self.failures = self.tries + 1, self.failures + 1
+        now = time.monotonic()
+        self.since = now if self.since is None else self.since
+        text = redact(f"{type(error).__name__}: {error}".rstrip(": "))
+        # Not chained: the messages of the libraries show whole URLs.
+        if isinstance(error, _ChangedError) and final:
+            what = f"changed on the server: {error}"
+            raise DataError(what, where=self.where, do="load the catalog again, or restore the file it lists") from None
+        if refusal := _refusal(error):
+            raise DataError(f"{refusal[0]} ({text})", where=self.where, do=refusal[1]) from None
+        wait = min(self.retry.longest, self.retry.first * 2 ** min(self.failures - 1, 30)) * _jitter.uniform(0.5, 1)
+        if final or now + wait - self.since > self.retry.patience:
+            what = f"cannot be fetched: given up after {self.tries} tries and {now - self.since:.0f} s without progress"
+            raise DataError(
+                f"{what}; the last one: {text}", where=self.where, do="see whether it can be reached"
+            ) from None
+        time.sleep(wait)
+
+
+def _refusal(error: BaseException) -> tuple[str, str] | None:
+    """What happened and what to do, for errors that no further try can cure."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    status = _status(error)
+    if kinds & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}:
+        return "no credentials", "set those of the provider in the environment (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...)"
+    if isinstance(error, TimeoutError):
+        return None
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        return "there is no such file", "check the root, and that the upload of the catalog was complete"
+    if isinstance(error, PermissionError) or status in (401, 403) or str(error).startswith("Forbidden"):
+        return "access denied", "check the credentials in the environment and the rights on the file"
+    if status == 416 or "satisfiable" in str(error):
+        return "changed on the server: the file is shorter than the catalog says", "load the catalog again"
+    own = isinstance(error, (TypeError, ValueError, AttributeError, LookupError, NotImplementedError, ImportError))
+    if own or kinds & {"ParamValidationError"} or (status and 400 <= status < 500 and status not in (408, 425, 429)):
+        return "the request was refused", "check the root and the endpoint"
+    return None
+
+
+def _status(error: BaseException | None) -> int:
+    """The HTTP status that an error of s3fs (botocore), gcsfs or aiohttp carries, 0 without one."""
+    cause = error.__cause__ if error else None
+    response = getattr(error, "response", None) or getattr(cause, "response", None)
+    if isinstance(response, dict):
+        return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    value = str(getattr(error, "status", None) or getattr(error, "code", None))
+    return int(value) if value.isdigit() else 0
+
+
+def _inside(name: str) -> str:
+    """`name`, when it stays below the root."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not name:
+        raise DataError(f"{name!r} is no path inside a catalog", do="do not use this catalog: it was tampered with")
+    return name
+
+
+def _join(base: str, name: str) -> str:
+    """`name` below a path or URL; the query of an HTTP URL stays at its end."""
+    if not base.startswith("http"):
+        return f"{base}/{name}"
+    place, mark, query = base.partition("?")
+    return f"{place.rstrip('/')}/{name}{mark}{query}"
+
+
+class _Prefetcher:
+    """A bounded list of files to fetch, and the daemon threads of this process that live while it is not empty."""
+
+    def __init__(self, fetch: Callable[[str, int, str], object]) -> None:
+        self.process, self.fetch = os.getpid(), fetch
+        self.lock = threading.Lock()
+        self.waiting: deque[Entry] = deque()
+        self.busy: set[Entry] = set()
+        self.threads = 0
+
+    def add(self, items: Iterable[Entry]) -> None:
+        with self.lock:
+            for item in items:
+                if len(self.waiting) == PREFETCH_DEPTH:
+                    break
+                if item not in self.busy and item not in self.waiting:
+                    self.waiting.append(item)
+            start = min(PREFETCH_THREADS - self.threads, len(self.waiting))
+            self.threads += start
+        for _ in range(start):
+            threading.Thread(target=self._work, name="prefetch", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self.lock:
+                if not self.waiting:
+                    self.threads -= 1
+                    return
+                item = self.waiting.popleft()
+                self.busy.add(item)
+            try:
+                self.fetch(*item)
+            except Exception as error:  # the fetch that needs the file reports it
+                log.debug("prefetch: %s", error)
+            with self.lock:
+                self.busy.discard(item)
