@@ -149,6 +149,26 @@ def verify(
 
 
 @shards_app.command()
+def audit(
+    catalog: Root,
+    against: Annotated[list[str] | None, typer.Option(help="Catalog with test images; may be repeated")] = None,
+    out: Annotated[Path | None, typer.Option(help="Page to write; default: audit.html in the catalog folder")] = None,
+    near: Annotated[bool, typer.Option(help="Also look for near duplicates")] = True,
+) -> None:
+    """Duplicates, overlap with test data and statistics as one HTML page; exit code 1 when test images are learnt."""
+    from shards.audit import audit as audit_catalog
+    from shards.audit_page import write_page
+
+    opened, others = opened_catalog(catalog), [opened_catalog(root) for root in against or []]
+    with console.status("reading the metadata"):
+        findings = audit_catalog(opened, others, near=near)
+    print_table(("found", "number"), findings.counts.items())
+    folder = Path() if "://" in catalog else Path(opened.root)
+    show("page", write_page(findings, opened, out or folder / "audit.html", others))
+    raise typer.Exit(0 if findings.clean else 1)
+
+
+@shards_app.command()
 def copy(
     catalog: Root,
     target: Annotated[str, typer.Argument(help="Folder or URL, e.g. s3://bucket/corpus")],

@@ -1,35 +1,330 @@
-"""Overlap between catalogs: the same pixels on both sides of a split make a score mean nothing."""
+"""What a catalog repeats, and what it shares with the sets that scores are measured on.
+
+Images are compared by content hash and by likeness, scenes by their id. Of the catalogs only Parquet files are read.
+
+A scene id means something inside one kind of source (Source.origin["kind"]): two corpora may both have a scene "P0001".
+Ids of 24 characters and more are names of products (Sentinel-1, ICEYE, ...), unique by themselves, and are compared
+across kinds.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
-from shards.catalog import Catalog
+import numpy as np
+
+from shards import likeness
+from shards.catalog import Catalog, Source
 from shards.errors import DataError
-from shards.reader import Reader
+from shards.schema import COLUMNS
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+REJECTED = "rejected.jsonl"  # of shards.pack, which stands beside the catalog
+LISTED = 1000  # of each finding so many are listed; counts are of all
+_PRODUCT_NAME = 24
 
 
-def hashes(catalog: Catalog) -> dict[str, str]:
-    """Content hash of every sample → its key, from the samples' metadata; pixels are not read."""
-    reader = Reader(catalog)
-    found = {}
-    for number in range(len(reader)):
-        meta = json.loads(reader.meta(number))
-        found[meta["sha256"]] = f"{meta['source']}: {meta['from']}"
-    return found
+@dataclass(frozen=True)
+class Place:
+    """A sample: the catalog it is in (0 the audited one, then those in `against`), its sample id there, its names."""
+
+    catalog: int
+    number: int
+    source: str
+    split: str
+    key: str
+    file: str
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.file}"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two samples and their distance: 0 for identical pixels, else that of shards.likeness. A leak: learnt, tested."""
+
+    first: Place
+    second: Place
+    distance: float
+
+
+@dataclass(frozen=True)
+class SharedScene:
+    """A scene on both sides: samples by source among those to learn from, and among those tested."""
+
+    scene: str
+    learnt: Mapping[str, int]
+    tested: Mapping[str, int]
+
+    def __str__(self) -> str:
+        return f"{self.scene} ({', '.join(self.learnt)} = {', '.join(self.tested)})"
+
+
+@dataclass(frozen=True)
+class Column:
+    """A metadata column of a source: samples that have it; the commonest values (text) or the span (numbers)."""
+
+    filled: int
+    distinct: int
+    values: Mapping[str, int]
+    span: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    """A source in numbers; `rejected` counts what was left out, by reason with its numbers replaced by #."""
+
+    name: str
+    split: str
+    kind: str
+    samples: int
+    dtype: str
+    classes: Mapping[str, int]
+    columns: Mapping[str, Column]
+    rejected: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What `audit` found. Lists hold the first LISTED of each kind, `counts` counts all.
+
+    `exact`: groups of samples with identical pixels. `near`: pairs of different pixels that look like copies, closest
+    first. `leaked`, `leaked_near`, `leaked_scenes`: what is learnt and also tested.
+    """
+
+    sources: tuple[SourceFacts, ...]
+    counts: Mapping[str, int]
+    exact: tuple[tuple[Place, ...], ...]
+    near: tuple[Pair, ...]
+    leaked: tuple[Pair, ...]
+    leaked_near: tuple[Pair, ...]
+    leaked_scenes: tuple[SharedScene, ...]
+
+    @property
+    def clean(self) -> bool:
+        """Whether nothing that is learnt is tested."""
+        return not (self.leaked or self.leaked_near or self.leaked_scenes)
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as plain JSON values."""
+        return json.loads(json.dumps(asdict(self)))
 
 
 def overlap(learnt: Catalog, tested: Catalog) -> list[str]:
-    """«learnt = tested» for every pair of identical images in the two catalogs."""
-    test = hashes(tested)
-    return [f"{name} = {test[digest]}" for digest, name in hashes(learnt).items() if digest in test]
+    """«learnt = tested» for every test image whose pixels are also among those to learn from."""
+    import pyarrow.compute as pc
+
+    test, known = (catalog.table(["sha256", "from"]).combine_chunks() for catalog in (tested, learnt))
+    test = test.filter(pc.is_in(test["sha256"], value_set=known["sha256"]))
+    if not len(test):
+        return []
+    twins = known.take(pc.index_in(test["sha256"], value_set=known["sha256"]))
+    columns = (twins["source"], twins["from"], test["source"], test["from"])
+    return [f"{a}: {b} = {c}: {d}" for a, b, c, d in zip(*(c.to_pylist() for c in columns), strict=True)]
+
+
+def shared_scenes(learnt: Catalog, tested: Catalog) -> list[SharedScene]:
+    """Scenes that both catalogs have samples of, by id."""
+    return _shared(_scenes(learnt.sources, learnt), _scenes(tested.sources, tested))
 
 
 def refuse_overlap(learnt: Catalog, tested: Catalog) -> None:
-    """Raise DataError when an image to learn from is also a test image."""
-    if pairs := overlap(learnt, tested):
+    """Raise DataError when an image to learn from is also a test image, or comes from the scene of one."""
+    images, scenes = overlap(learnt, tested), [str(scene) for scene in shared_scenes(learnt, tested)]
+    found = {"images": images, "scenes": scenes}
+    if images or scenes:
+        what = [f"{len(names)} {kind} to learn from are also test {kind}" for kind, names in found.items() if names]
+        names = [*images[:3], *scenes[:3]]
         raise DataError(
-            f"{len(pairs)} images to learn from are also test images",
-            where="; ".join(pairs[:3]) + ("; ..." if len(pairs) > 3 else ""),
-            do="leave them out of one side and pack it again; scores on images seen in pretraining mean nothing",
+            "; ".join(what),
+            where="; ".join(names) + ("; ..." if len(names) < len(images) + len(scenes) else ""),
+            do="leave them out of one side (by a filter, or pack it again); scores on what was learnt mean nothing",
         )
+
+
+def audit(catalog: Catalog, against: Sequence[Catalog] = (), *, near: bool = True) -> Findings:
+    """Audit a catalog, alone and against catalogs that are evaluated on.
+
+    Learnt is what stands in other splits than test; tested are its test split and those of `against` (all of one that
+    has no test split). Sources that are the same data in both are looked at once. `near` False skips likeness, which
+    takes about a minute per million samples.
+    """
+    rows = _Rows(catalog, against)
+    contents, first = np.unique(rows.contents, return_index=True)
+    learnt, tested = (_first_rows(rows.contents, mask, len(contents)) for mask in (rows.learnt, rows.tested))
+    groups, repeats = _groups(rows.contents, len(contents))
+    found = likeness.pairs(rows.likeness(first)) if near else []
+    both = np.flatnonzero((learnt >= 0) & (tested >= 0))
+    crossing = [
+        (learnt[a], tested[b], d) for i, j, d in found for a, b in ((i, j), (j, i)) if learnt[a] >= 0 and tested[b] >= 0
+    ]
+    scenes = _shared(rows.scenes(rows.learns), rows.scenes(rows.tests))
+    counts = {
+        "samples": catalog.samples,
+        "compared with": len(rows.contents) - catalog.samples,
+        "groups of identical images": len(groups),
+        "repeated images": repeats,
+        "near duplicates": len(found),
+        "test images that are learnt": int(np.isin(rows.contents[rows.tested], both).sum()),
+        "test images with a near duplicate that is learnt": len({b for _, b, _ in crossing}),
+        "test scenes that are learnt": len(scenes),
+    }
+    return Findings(
+        sources=tuple(_facts(catalog)),
+        counts=counts,
+        exact=tuple(tuple(rows.places(group)) for group in groups[:LISTED]),
+        near=rows.pairs((first[i], first[j], d) for i, j, d in found[:LISTED]),
+        leaked=rows.pairs((learnt[c], tested[c], 0.0) for c in both[:LISTED]),
+        leaked_near=rows.pairs(crossing[:LISTED]),
+        leaked_scenes=tuple(scenes[:LISTED]),
+    )
+
+
+class _Rows:
+    """The samples of all catalogs in one numbering: contents int64 [N] (equal pixels, equal number), masks bool [N]."""
+
+    def __init__(self, catalog: Catalog, against: Sequence[Catalog]) -> None:
+        import pyarrow as pa
+
+        self.parts: list[tuple[int, Source, int]] = []  # catalog, source, sample id of its first sample there
+        self.catalogs = [catalog, *against]
+        seen: set[str] = set()
+        tables = []
+        for number, one in enumerate(self.catalogs):
+            start = 0
+            for source in one.sources:
+                identity = json.dumps(source.identity())
+                if identity not in seen:
+                    self.parts.append((number, source, start))
+                    tables.append(one.table(["sha256", "key", "from", "likeness"], source))
+                seen.add(identity)
+                start += source.samples
+        self.part = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
+        self.starts = np.cumsum([0, *(len(table) for table in tables)])
+        self.table: pa.Table = pa.concat_tables(tables).combine_chunks()
+        hashes = self.table["sha256"].combine_chunks()
+        self.contents = hashes.dictionary_encode().indices.to_numpy().astype(np.int64)
+        without_test = {n for n, one in enumerate(self.catalogs) if n and all(s.split != "test" for s in one.sources)}
+        self.learns = [number == 0 and source.split != "test" for number, source, _ in self.parts]
+        self.tests = [source.split == "test" or number in without_test for number, source, _ in self.parts]
+        self.learnt, self.tested = np.array(self.learns)[self.part], np.array(self.tests)[self.part]
+
+    def likeness(self, rows: np.ndarray) -> np.ndarray:
+        """Descriptors uint8 [len(rows), 128]; a sample without one gets zeros."""
+        found = self.table["likeness"].take(rows).to_pylist()
+        empty = bytes(likeness.BYTES)
+        return np.frombuffer(b"".join(d or empty for d in found), np.uint8).reshape(-1, likeness.BYTES)
+
+    def places(self, rows: Sequence[int] | np.ndarray) -> list[Place]:
+        """Where these rows are."""
+        taken = self.table.select(["key", "from"]).take(np.asarray(rows, np.int64))
+        found = []
+        for row, key, file in zip(rows, taken["key"].to_pylist(), taken["from"].to_pylist(), strict=True):
+            catalog, source, start = self.parts[self.part[row]]
+            number = int(start + row - self.starts[self.part[row]])
+            found.append(Place(catalog, number, source.name, source.split, key, file))
+        return found
+
+    def pairs(self, rows: Iterable[tuple[int, int, float]]) -> tuple[Pair, ...]:
+        """Pairs of rows with their distance, as places."""
+        listed = list(rows)
+        firsts, seconds = self.places([a for a, _, _ in listed]), self.places([b for _, b, _ in listed])
+        return tuple(Pair(a, b, row[2]) for a, b, row in zip(firsts, seconds, listed, strict=True))
+
+    def scenes(self, wanted: Sequence[bool]) -> dict[str, Counter[str]]:
+        """Scenes of the wanted parts."""
+        found: dict[str, Counter[str]] = {}
+        for (number, source, _), want in zip(self.parts, wanted, strict=True):
+            if want:
+                for scene, samples in _scenes([source], self.catalogs[number]).items():
+                    found.setdefault(scene, Counter()).update(samples)
+        return found
+
+
+def _first_rows(contents: np.ndarray, mask: np.ndarray, number: int) -> np.ndarray:
+    """First row of each content among the masked rows, int64 [number]; -1 where there is none."""
+    found = np.full(number, -1, np.int64)
+    rows = np.flatnonzero(mask)[::-1]
+    found[contents[rows]] = rows
+    return found
+
+
+def _groups(contents: np.ndarray, number: int) -> tuple[list[np.ndarray], int]:
+    """Rows of each content that occurs more than once, in order of the first row, and how many are repeats."""
+    counts = np.bincount(contents, minlength=number)
+    rows = np.flatnonzero(counts[contents] > 1)
+    rows = rows[np.argsort(contents[rows], kind="stable")]  # contents are numbered in order of their first row
+    groups = np.split(rows, np.flatnonzero(np.diff(contents[rows])) + 1) if len(rows) else []
+    return groups, len(rows) - len(groups)
+
+
+def _scenes(sources: Iterable[Source], catalog: Catalog) -> dict[str, Counter[str]]:
+    """Comparable scene id → samples by source."""
+    found: dict[str, Counter[str]] = {}
+    for source in sources:
+        kind = str(source.origin.get("kind", ""))
+        for value in catalog.table(["scene"], source)["scene"].drop_null().value_counts().to_pylist():
+            scene = value["values"] if len(value["values"]) >= _PRODUCT_NAME else f"{kind} scene {value['values']}"
+            found.setdefault(scene, Counter())[source.name] += value["counts"]
+    return found
+
+
+def _shared(learnt: Mapping[str, Counter[str]], tested: Mapping[str, Counter[str]]) -> list[SharedScene]:
+    return [SharedScene(s, dict(learnt[s]), dict(tested[s])) for s in sorted(learnt.keys() & tested.keys())]
+
+
+def _facts(catalog: Catalog) -> Iterable[SourceFacts]:
+    refused = _rejected(catalog)
+    for source in catalog.sources:
+        table = catalog.table([*COLUMNS, "class"], source)
+        classes = table["class"].drop_null().value_counts().to_pylist()
+        yield SourceFacts(
+            name=source.name,
+            split=source.split,
+            kind=str(source.origin.get("kind", "")),
+            samples=source.samples,
+            dtype=source.dtype,
+            classes=dict(sorted((v["values"], v["counts"]) for v in classes)),
+            columns={name: _column(table[name].drop_null(), kind) for name, (kind, _) in COLUMNS.items()},
+            rejected=dict(refused.get((source.root, source.name), Counter()).most_common()),
+        )
+
+
+def _column(values: pa.ChunkedArray, kind: type) -> Column:
+    import pyarrow.compute as pc
+
+    if not len(values):
+        return Column(0, 0, {}, None)
+    if kind is float:
+        span = pc.min_max(values).as_py()
+        return Column(len(values), pc.count_distinct(values).as_py(), {}, (span["min"], span["max"]))
+    counts = Counter({str(v["values"]): v["counts"] for v in values.value_counts().to_pylist()})
+    return Column(len(values), len(counts), dict(counts.most_common(5)), None)
+
+
+def _rejected(catalog: Catalog) -> dict[tuple[str, str], Counter[str]]:
+    """What packing left out, by root and source: reasons, whose numbers differ from file to file, without them."""
+    some = [source for source in catalog.sources if any(source.statistics["rejected"].values())]
+    found = {(s.root, s.name): Counter[str]() for s in some}
+    for source in {s.root: s for s in some}.values():
+        try:
+            text = catalog.store(source).read(REJECTED).decode()
+        except DataError:  # a list for people, which a copy of the catalog may do without: the counts remain
+            continue
+        for line in filter(None, text.splitlines()):
+            value = json.loads(line)
+            reason = re.sub(r"\d[\d.,]*(?<![.,])", "#", value["reason"])
+            if (source.root, value["source"]) in found:
+                found[source.root, value["source"]][f"{value['kind']}: {reason}"] += 1
+    for one in some:
+        reasons = found[one.root, one.name]
+        if not reasons:
+            reasons.update({kind: count for kind, count in one.statistics["rejected"].items() if count})
+    return found

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from shards.addressed import permutation
-from shards.catalog import Catalog
-from shards.stream import Reader, Sample
+from shards.catalog import Catalog, Source
+from shards.reader import Reader, Sample
 
 _CELL, _TEXT, _GAP = 112, 14, 4
 _GAMMA = 0.5  # amplitude → brightness: without it only the strongest scatterers would be seen
@@ -41,40 +41,69 @@ def summary(catalog: Catalog) -> list[dict[str, Any]]:
 
 
 def contact_sheet(catalog: Catalog, path: Path | str, columns: int = 8, rows_per_source: int = 2) -> Path:
-    """Write a PNG with `rows_per_source` rows of chips for every source, each chip under its class; returns its path.
-
-    Brightness is the square root of the amplitude. Chips are chosen by a fixed shuffle and shrunk to fit, never grown.
-    """
-    reader, path = Reader(catalog), Path(path)
-    step = _CELL + _TEXT + _GAP
-    bands = [min(rows_per_source, -(-s.samples // columns)) for s in catalog.sources]
-    height = sum(rows * step + _TEXT + _GAP for rows in bands)
-    sheet = Image.new("L", (columns * (_CELL + _GAP) + _GAP, height), 24)
-    draw, top, first = ImageDraw.Draw(sheet), 0, 0
-    for source, rows in zip(catalog.sources, bands, strict=True):
+    """Write a PNG with a title and `rows_per_source` rows of chips for every source; returns its path."""
+    reader, bands, first = Reader(catalog), [], 0
+    for source in catalog.sources:
         scale = f"scale {source.amplitude.scale:g}"
-        title = f"{source.name} ({source.split}): {source.samples} x {source.dtype}, {scale}"
-        draw.text((_GAP, top + 2), title, fill=255)
-        top += _TEXT + _GAP
-        order = permutation(0, "contact sheet", torch.zeros(1, dtype=torch.int64), source.samples)[0]
-        for place, number in enumerate(order[: rows * columns].tolist()):
-            row, column = divmod(place, columns)
-            x, y = _GAP + column * (_CELL + _GAP), top + row * step
-            sample = reader[first + number]
-            sheet.paste(_thumbnail(sample), (x, y))
-            size = "x".join(map(str, sample.pixels.shape[-2:]))
-            name = size if sample.label < 0 else f"{catalog.classes[sample.label]} {size}"
-            draw.text((x, y + _CELL), name[: _CELL // 6], fill=180)
-        top += rows * step
+        rule = f"{scale}, {source.amplitude.decibels:g} dB" if source.amplitude.decibels else scale
+        title = f"{source.name} ({source.split}): {source.samples} x {source.dtype}, {rule}"
+        bands.append(source_sheet(reader, source, first, columns, rows_per_source, title))
         first += source.samples
+    sheet = Image.new("L", (bands[0].width, sum(band.height for band in bands)), 24)
+    top = 0
+    for band in bands:
+        sheet.paste(band, (0, top))
+        top += band.height
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(path, "PNG")
     return path
 
 
-def _thumbnail(sample: Sample) -> Image.Image:
-    """The first channel of a chip as an 8-bit picture of at most _CELL pixels a side."""
-    amplitude = np.clip(sample.pixels[0].astype(np.float32) / sample.scale, 0, 1)
-    picture = Image.fromarray(np.rint(255 * amplitude**_GAMMA).astype(np.uint8))
-    picture.thumbnail((_CELL, _CELL), Image.Resampling.BOX)
+def source_sheet(
+    reader: Reader, source: Source, first: int, columns: int = 8, rows: int = 2, title: str = ""
+) -> Image.Image:
+    """Chips of one source, whose sample ids begin at `first`, each above its class and size.
+
+    Chips are chosen by a fixed shuffle. Those of a row stand on one line, so that a label is right below its chip.
+    """
+    order = permutation(0, "contact sheet", torch.zeros(1, dtype=torch.int64), source.samples)[0, : rows * columns]
+    samples = [reader[first + number] for number in order.tolist()]
+    pictures = [thumbnail(sample, _CELL) for sample in samples]
+    lines = range(0, len(pictures), columns)
+    heights = [max(picture.height for picture in pictures[line : line + columns]) for line in lines]
+    top = _TEXT + _GAP if title else _GAP
+    size = columns * (_CELL + _GAP) + _GAP, top + sum(heights) + len(heights) * (_TEXT + _GAP)
+    sheet = Image.new("L", size, 24)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_GAP, 2), title, fill=255)
+    for line, height in zip(lines, heights, strict=True):
+        for column, (sample, picture) in enumerate(list(zip(samples, pictures, strict=True))[line : line + columns]):
+            x = _GAP + column * (_CELL + _GAP)
+            sheet.paste(picture, (x + (_CELL - picture.width) // 2, top + height - picture.height))
+            pixels = "x".join(map(str, sample.pixels.shape[-2:]))
+            name = pixels if sample.label < 0 else f"{reader.catalog.classes[sample.label]} {pixels}"
+            draw.text((x + _CELL // 2, top + height), name[: _CELL // 6], fill=180, anchor="ma")
+        top += height + _TEXT + _GAP
+    return sheet
+
+
+def values(sample: Sample) -> np.ndarray:
+    """The first channel of a chip as a model is given it, float32 [H, W] in [0, 1]: see catalog.Amplitude."""
+    share = sample.pixels[0].astype(np.float32) / sample.scale
+    if sample.decibels:
+        share = 1 + 20 * np.log10(np.maximum(share, 1e-12)) / sample.decibels
+    return np.clip(share, 0, 1)
+
+
+def thumbnail(sample: Sample, side: int) -> Image.Image:
+    """The first channel as an 8-bit picture of at most `side` pixels a side; small chips grow by a whole factor.
+
+    Brightness is the square root of the value, or the value where it is in decibels.
+    """
+    brightness = values(sample) ** (1 if sample.decibels else _GAMMA)
+    picture = Image.fromarray(np.rint(255 * brightness).astype(np.uint8))
+    if factor := side // max(picture.size):
+        return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+    picture.thumbnail((side, side), Image.Resampling.BOX)
     return picture

@@ -15,7 +15,7 @@ DISTRIBUTED = ("torch.distributed", "torch.nn.parallel", "torch.multiprocessing"
 ALLOWED = {
     "shards": {
         *("shards", "numpy", "torch", "webdataset", "PIL", "scipy", "pyarrow", "fsspec", "filelock", "zstandard"),
-        *("rasterio", "sarkit", "h5py", "matplotlib", "jinja2", "aiohttp"),
+        *("rasterio", "sarkit", "h5py", "matplotlib", "jinja2", "aiohttp", "gcsfs"),
     },
     "kernels": {"kernels", "numpy", "torch", "triton"},
 }
