@@ -21,7 +21,7 @@ from shards.errors import ExplainedError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-bench_app = typer.Typer(no_args_is_help=True, help="Time the parts of the trainer against their alternatives.")
+bench_app = typer.Typer(invoke_without_command=True)
 app.add_typer(shards_app, name="shards")
 app.add_typer(bench_app, name="bench")
 
@@ -172,6 +172,13 @@ def demo(root: Annotated[Path, typer.Option(help="Folder for everything that is 
     raise typer.Exit(0 if run_demo(root, console) else 1)
 
 
+@bench_app.callback()
+def bench(context: typer.Context) -> None:
+    """Time the parts of the trainer against their alternatives; without a name: step."""
+    if context.invoked_subcommand is None:
+        bench_step()
+
+
 @bench_app.command("step")
 def bench_step(repeats: Repeats = 5) -> None:
     """Time the gradient target and the training step against their definitions: ratios in one run."""
@@ -181,9 +188,36 @@ def bench_step(repeats: Repeats = 5) -> None:
 
 
 @bench_app.command("loader")
-def bench_loader(repeats: Repeats = 3) -> None:
-    """Time the loader against a file per chip, plain WebDataset and other peers: ratios in one run."""
-    raise NotImplementedError
+def bench_loader(
+    repeats: Repeats = 3,
+    python: Annotated[str | None, typer.Option(help="Interpreter that has the peers; default: this one")] = None,
+    passes: Annotated[int, typer.Option(min=0, help="Also: memory over so many passes of a million samples")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Markdown file for the tables")] = None,
+) -> None:
+    """Time the loader against a file per chip, plain WebDataset, and MosaicML streaming and LitData where installed."""
+    from foundation.bench_loader import run, write_markdown
+
+    with console.status("measuring"):
+        found = run(repeats, python, large=passes)
+    for table in found:
+        console.print(f"\n{table.title}", markup=False)
+        print_table(table.header, table.rows)
+    if out:
+        write_markdown(out, f"`foundation bench loader --repeats {repeats}`", found)
+        show("written", out)
+
+
+@bench_app.command("order")
+def bench_order(
+    lanes: Annotated[int, typer.Option(min=1, help="Lanes of the order")] = 960,
+    sources: Annotated[int, typer.Option(min=1, help="Sources that are mixed")] = 4,
+) -> None:
+    """Cost of the order of a billion samples: time per sample, memory, and a seek to anywhere."""
+    from shards.simulation import simulate
+
+    with console.status("measuring"):
+        found = simulate(lanes=lanes, sources=sources)
+    print_table(("figure", "value"), ((name, f"{value:,.4g}") for name, value in found.items()))
 
 
 @app.command("list")

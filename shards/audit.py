@@ -48,11 +48,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two samples and their distance: 0 for identical pixels, else that of shards.likeness. A leak: learnt, tested."""
+    """Two samples and their distance (shards.likeness; None: identical pixels). A leak: learnt, tested."""
 
     first: Place
     second: Place
-    distance: float
+    distance: float | None
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def audit(catalog: Catalog, against: Sequence[Catalog] = (), *, near: bool = Tru
         counts=counts,
         exact=tuple(tuple(rows.places(group)) for group in groups[:LISTED]),
         near=rows.pairs((first[i], first[j], d) for i, j, d in found[:LISTED]),
-        leaked=rows.pairs((learnt[c], tested[c], 0.0) for c in both[:LISTED]),
+        leaked=rows.pairs((learnt[c], tested[c], None) for c in both[:LISTED]),
         leaked_near=rows.pairs(crossing[:LISTED]),
         leaked_scenes=tuple(scenes[:LISTED]),
     )
@@ -232,7 +232,7 @@ class _Rows:
             found.append(Place(catalog, number, source.name, source.split, key, file))
         return found
 
-    def pairs(self, rows: Iterable[tuple[int, int, float]]) -> tuple[Pair, ...]:
+    def pairs(self, rows: Iterable[tuple[int, int, float | None]]) -> tuple[Pair, ...]:
         """Pairs of rows with their distance, as places."""
         listed = list(rows)
         firsts, seconds = self.places([a for a, _, _ in listed]), self.places([b for _, b, _ in listed])

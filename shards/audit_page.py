@@ -36,7 +36,7 @@ def write_page(findings: Findings, catalog: Catalog, path: Path | str, against: 
     pages = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    exact = [Pair(group[0], group[1], 0.0) for group in findings.exact]
+    exact = [Pair(group[0], group[1], None) for group in findings.exact]
     html = pages.get_template("audit.html.j2").render(
         findings=findings,
         catalog=catalog,

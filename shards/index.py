@@ -35,6 +35,7 @@ _NPY = re.compile(
     rb"'shape': \(((?:\d{1,10}, ){1,3}\d{1,10})\), \} *\n"
 )
 _IDX = re.compile(rb"'key', '\|S(\d{1,3})'.*'shape': \((\d{1,12}),\)", re.DOTALL)
+_STORED = tuple(np.dtype(name).newbyteorder("<") for name in DTYPES)
 _WIDTHS = tuple(np.dtype(name).itemsize * (2 if name == "int16" else 1) for name in DTYPES)  # bytes of one pixel
 _CODES = {np.dtype(name).str[1:].encode(): code for code, name in enumerate(DTYPES)}
 
@@ -180,8 +181,8 @@ def decompress(stored: bytes | bytearray, shape: Sequence[int], dtype: np.dtype)
 
 def unpack(row: np.void, stored: bytes | bytearray) -> np.ndarray:
     """The pixels [C, H, W] (int16 pairs [C, H, W, 2]) in the stored bytes of a row; raises DataError."""
-    dtype = np.dtype(DTYPES[row["dtype"]]).newbyteorder("<")
-    shape = (*row["shape"].tolist(), *([2] if dtype == np.int16 else []))
+    dtype = _STORED[row["dtype"]]
+    shape = row["shape"].tolist() + [2] * (dtype == np.int16)
     return np.frombuffer(decompress(stored, shape, dtype) if row["codec"] else stored, dtype).reshape(shape)
 
 
@@ -277,7 +278,10 @@ def open_index(path: Path, tar: Path, shard: Shard, classes: int | None = None) 
     """
     file = IndexFile(path)
     try:
-        complaint = _disagreement(file.rows(), tar, shard, classes)
+        rows = file.rows()
+        complaint = _disagreement(rows, tar, shard, classes)
+        if not complaint and hashlib.sha256(encode(rows)).hexdigest() != shard.index_sha256:
+            complaint = "its sha256 is not the packed one"  # else another label or key would go unnoticed
     except OSError as error:
         complaint = f"the shard cannot be read: {error}"
     if complaint:
