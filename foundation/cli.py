@@ -17,7 +17,7 @@ from foundation.cli_text import console, print_table, show
 from shards.errors import ExplainedError
 
 # Before torch loads its OpenMP runtime: threads that spin while they wait make a CPU run many times slower as soon as
-# anything else wants the cores, its own loader workers included.
+# anything else wants the cores, its own readers included.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")

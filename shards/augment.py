@@ -1,7 +1,8 @@
 """Batched augmentation on the device of the batch; every choice is looked up from (seed, position).
 
-Resampling is Pillow's bicubic (a = -1/2, widened when shrinking) of the cropped image, written as two matrices per
+Resampling is Pillow's bicubic (a = -1/2, widened when shrinking) of the cropped image, defined as two matrices per
 image: `Wy @ image @ Wxᵀ`. Images are padded to multiples of 64, so that one batched product serves all of similar size.
+On a CPU the same sums are taken over the few non-zero weights of each row: equal but for rounding (about 1e-7).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from shards.addressed import uniform
 from shards.errors import DataError
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from shards.stream import Batch
 
 _TRIES, _STEP = 10, 64
+_CHUNK = 8  # images at a time on a CPU: what is between the steps then stays in its cache
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,9 @@ class Augment:
     def __call__(self, batch: Batch, seed: int) -> Tensor:
         """The augmented images, fp32 [B, C, size, size] in [0, 1]."""
         flip = uniform(seed, "flip", batch.position, 1)[:, 0] < self.flip
-        images = _resample(batch, self.boxes(batch, seed), flip, self.size)
-        if not self.contrast:
-            return images
         low = max(0.0, 1 - self.contrast)
         factor = low + uniform(seed, "contrast", batch.position, 1)[:, :, None, None] * (1 + self.contrast - low)
-        mean = images.mean(dim=(1, 2, 3), keepdim=True)
-        return mean.lerp(images, factor).clamp_(0, 1)
+        return _resample(batch, self.boxes(batch, seed), flip, self.size, factor if self.contrast else None)
 
     def boxes(self, batch: Batch, seed: int) -> Tensor:
         """Crops as int64 [B, 4] of (top, left, height, width), in pixels of each image.
@@ -87,8 +86,8 @@ def _sizes(batch: Batch) -> Tensor:
     return torch.tensor([p.shape[-2:] for p in batch.pixels], dtype=torch.float64, device=batch.position.device)
 
 
-def _resample(batch: Batch, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
-    """Crop, flip and resize every image, grouped by padded size → fp32 [B, C, size, size], clipped to [0, 1]."""
+def _resample(batch: Batch, boxes: Tensor, flip: Tensor, size: int, contrast: Tensor | None = None) -> Tensor:
+    """Crop, flip, resize, and multiply the contrast by `contrast` [B, 1, 1, 1] → fp32 [B, C, size, size] in [0, 1]."""
     channels = {p.shape[0] for p in batch.pixels}
     if len(channels) != 1:
         raise DataError(
@@ -100,17 +99,24 @@ def _resample(batch: Batch, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
     for i, pixels in enumerate(batch.pixels):
         height, width = pixels.shape[-2:]
         groups[-(-height // _STEP) * _STEP, -(-width // _STEP) * _STEP].append(i)
+    apply, chunk = (_gather, _CHUNK) if boxes.device.type == "cpu" else (_multiply, len(boxes))
     out = torch.empty(len(boxes), *channels, size, size, device=boxes.device)
     with torch.autocast(boxes.device.type, enabled=False):  # targets are computed from these images: fp32, always
-        for (high, wide), members in groups.items():
-            rows = torch.tensor(members, device=boxes.device)
-            images = _stack([batch.pixels[i] for i in members], (high, wide))
-            images = images.div_(batch.scale[rows].float()[:, None, None, None]).clamp_(0, 1)
-            top, left, rise, run = boxes[rows].unbind(1)
-            down = _weights(top, rise, torch.zeros_like(flip[rows]), size, high)
-            across = _weights(left, run, flip[rows], size, wide)
-            out[rows] = down[:, None] @ images @ across[:, None].mT
-    return out.clamp_(0, 1)
+        for padded, group in groups.items():
+            members = torch.tensor(group, device=boxes.device)
+            top, left, rise, run = boxes[members].unbind(1)
+            down = _taps(top, rise, torch.zeros_like(flip[members]), size, padded[0])
+            across = _taps(left, run, flip[members], size, padded[1])
+            for part in (slice(first, first + chunk) for first in range(0, len(group), chunk)):
+                rows = members[part]
+                values = _stack([batch.pixels[i] for i in group[part]], padded)
+                values = _mapped(values, batch.scale[rows], batch.decibels[rows])
+                images = apply(apply(values.mT, *(t[part] for t in across)).mT, *(t[part] for t in down)).clamp_(0, 1)
+                if contrast is not None:
+                    factor, mean = contrast[rows], images.mean(dim=(1, 2, 3), keepdim=True)
+                    images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+                out.index_copy_(0, rows, images)
+    return out
 
 
 def _stack(pixels: list[Tensor], padded: tuple[int, int]) -> Tensor:
@@ -123,11 +129,20 @@ def _stack(pixels: list[Tensor], padded: tuple[int, int]) -> Tensor:
     return images
 
 
-def _weights(start: Tensor, length: Tensor, flip: Tensor, size: int, padded: int) -> Tensor:
-    """Bicubic weights that resize [start, start + length) to `size` pixels: fp32 [G, size, padded], rows sum to 1.
+def _mapped(amplitudes: Tensor, scale: Tensor, decibels: Tensor) -> Tensor:
+    """Amplitudes fp32 [G, C, H, W] → values in [0, 1] as `Batch` defines them; overwrites its input."""
+    images = amplitudes.div_(scale.float()[:, None, None, None]).clamp_(0, 1)
+    if not decibels.is_cuda and not decibels.any():  # asking a GPU would wait for it
+        return images
+    span = decibels.float()[:, None, None, None]
+    return torch.where(span == 0, images, (1 + 20 * images.log10() / span).clamp_(min=0))
 
-    Only the few taps of each row are computed, then scattered into place. Their window is kept inside the padded
-    image, so that no index occurs twice and the scatter is deterministic.
+
+def _taps(start: Tensor, length: Tensor, flip: Tensor, size: int, padded: int) -> tuple[Tensor, Tensor]:
+    """Bicubic weights that resize [start, start + length) to `size` pixels: columns and weights [G, size, taps].
+
+    The weights of a row sum to 1. Its window is kept inside the padded image, so that no column occurs twice and the
+    scatter into a matrix is deterministic.
     """
     taps = min(padded, 2 * math.ceil(2 * max(1.0, padded / size)) + 1)
     out = torch.arange(size, dtype=torch.float64, device=start.device)
@@ -140,7 +155,21 @@ def _weights(start: Tensor, length: Tensor, flip: Tensor, size: int, padded: int
     x = ((index + 0.5 - centre[:, :, None]) / spread[:, :, None]).float().abs_()
     near, far = (1.5 * x - 2.5) * x * x + 1, ((2.5 - 0.5 * x) * x - 4) * x + 2
     weight = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-    inside = (index >= start[:, None, None]) & (index < (start + length)[:, None, None])
-    weight = weight * inside
-    weight = weight / weight.sum(-1, keepdim=True)
-    return weight.new_zeros(len(start), size, padded).scatter_(2, index, weight)
+    weight = weight * ((index >= start[:, None, None]) & (index < (start + length)[:, None, None]))
+    return index, weight / weight.sum(-1, keepdim=True)
+
+
+def _multiply(images: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """The weights as matrices [G, size, n] @ fp32 [G, C, n, m] → fp32 [G, C, size, m]."""
+    matrix = weight.new_zeros(*weight.shape[:2], images.shape[2]).scatter_(2, index, weight)
+    return matrix[:, None] @ images
+
+
+def _gather(images: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """`_multiply` on a CPU: only the weights that are not zero are touched."""
+    (count, channels, n, m), (size, taps) = images.shape, index.shape[1:]
+    row = index[:, None] + torch.arange(0, count * channels * n, n).view(count, channels, 1, 1)
+    weight = weight[:, None].expand(-1, channels, -1, -1).reshape(-1, taps)
+    rows = images.contiguous().view(-1, m)  # other strides take a slower path that rounds differently
+    out = F.embedding_bag(row.view(-1, taps), rows, per_sample_weights=weight, mode="sum")
+    return out.view(count, channels, size, m)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from shards.augment import Augment, _resample, resize_center
+from shards.augment import Augment, _multiply, _resample, resize_center
 from shards.errors import DataError
 from shards.stream import Batch
 
@@ -21,10 +21,20 @@ sides = st.integers(13, 150)
 shapes = st.lists(st.tuples(sides, sides), min_size=1, max_size=5)
 
 
-def batch(images: list[Tensor], positions: list[int] | None = None, scale: float = 255.0) -> Batch:
+def batch(
+    images: list[Tensor], positions: list[int] | None = None, scale: float = 255.0, decibels: float = 0.0
+) -> Batch:
     count = len(images)
     position = torch.tensor(positions if positions is not None else range(count))
-    return Batch(images, torch.full((count,), scale), torch.full((count,), -1), position, position)
+    return Batch(
+        pixels=images,
+        scale=torch.full((count,), scale),
+        decibels=torch.full((count,), decibels),
+        label=torch.full((count,), -1),
+        position=position,
+        sample_id=position,
+        replaced=(),
+    )
 
 
 def noise(height: int, width: int, seed: int = 0, dtype: torch.dtype = torch.uint8) -> Tensor:
@@ -48,6 +58,20 @@ def test_resampling_is_pillows_bicubic(height: int, width: int, size: int, flip:
     ours = _resample(batch([image]), torch.tensor([box]), torch.tensor([flip]), size)[0, 0]
     expected = pillow(image, box, size)
     np.testing.assert_allclose(ours, expected[:, ::-1] if flip else expected, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(shapes, st.sampled_from([16, 48, 96, 224]), st.integers(1, 2), st.integers(0, 2**32))
+def test_the_few_taps_of_a_cpu_give_what_the_matrices_define(
+    forms: list[tuple[int, int]], size: int, channels: int, seed: int
+) -> None:
+    chips = batch([noise(h, w, i).expand(channels, -1, -1).clone() for i, (h, w) in enumerate(forms)])
+    augment = Augment(size=size)
+    taps = augment(chips, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shards.augment._gather", _multiply)
+        matrices = augment(chips, seed)
+    torch.testing.assert_close(taps, matrices, atol=1e-6, rtol=0)
 
 
 def test_a_large_scene_shrinks_as_in_pillow() -> None:
@@ -110,9 +134,8 @@ def test_an_image_does_not_depend_on_its_batch(forms: list[tuple[int, int]], ran
     together = augment(batch(images, positions), 5)
     for i in reversed(range(len(forms))):
         alone = augment(batch([images[i]], [positions[i]]), 5)
-        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=0)
-    backwards = augment(batch(images[::-1], positions[::-1]), 5).flip(0)
-    torch.testing.assert_close(together, backwards, atol=1e-5, rtol=0)
+        assert torch.equal(together[i : i + 1], alone)
+    assert torch.equal(together, augment(batch(images[::-1], positions[::-1]), 5).flip(0))
 
 
 def test_every_position_and_seed_gets_its_own_crop_flip_and_contrast() -> None:
@@ -158,6 +181,27 @@ def test_every_dtype_is_divided_by_its_own_scale_and_clipped_before_resampling()
     torch.testing.assert_close(out[2], out[0], atol=1e-5, rtol=0)
     capped = resize_center(batch([eight], scale=100.0), 50)
     torch.testing.assert_close(capped, resize_center(batch([eight.clamp(max=100)], scale=100.0), 50))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(5, 60), st.floats(1, 1e4), st.sampled_from([torch.uint8, torch.uint16, torch.float32]))
+def test_decibels_map_a_span_below_the_scale_to_0_1(decibels: float, scale: float, dtype: torch.dtype) -> None:
+    image = noise(40, 40, dtype=dtype)  # holds zeros: minus infinity decibels is black
+    with np.errstate(divide="ignore"):
+        level = 20 * np.log10(image[0].double().numpy() / np.float64(np.float32(scale)))
+    expected = (1 + level / np.float64(np.float32(decibels))).clip(0, 1)
+    out = resize_center(batch([image], scale=scale, decibels=decibels), 40)
+    np.testing.assert_allclose(out[0, 0], expected, atol=1e-5)
+
+
+def test_linear_and_logarithmic_images_mix_and_are_mapped_before_resampling() -> None:
+    image = noise(64, 64, dtype=torch.float32)
+    mixed = batch([image, image])
+    mixed.decibels[1] = 25.0
+    out = resize_center(mixed, 30)
+    assert torch.equal(out[0], resize_center(batch([image]), 30)[0])
+    mapped = (1 + 20 * (image / 255).log10() / 25).clamp(0, 1)
+    torch.testing.assert_close(out[1:], resize_center(batch([mapped], scale=1.0), 30), atol=1e-5, rtol=0)
 
 
 def test_evaluation_takes_the_central_crop_and_smaller_images_whole() -> None:
