@@ -142,11 +142,12 @@ def _decode_npy(data: bytes, name: str) -> np.ndarray:
             raise ValueError(f"its header announces {announced:,} bytes of values, {present:,} follow")
         pixels = np.frombuffer(data, dtype, offset=file.tell()) if announced else np.empty(0, dtype)
         pixels = pixels.reshape(shape, order="F" if fortran else "C")
-    bands_last = pixels.ndim == 3 and pixels.dtype != np.int16 and pixels.shape[-1] <= 4 < pixels.shape[0]
+    pairs = dtype.name == "int16"  # of either byte order
+    bands_last = pixels.ndim == 3 and not pairs and pixels.shape[-1] <= 4 < pixels.shape[0]
     if bands_last or not 2 <= pixels.ndim <= 4:
         what = f"an array of shape {pixels.shape} is not one image"
         raise DataError(what, where=name, do="store [H, W] or [C, H, W], int16 pairs with a last axis of 2")
-    one_band = len(pixels) == 1 and pixels.ndim == (4 if pixels.dtype == np.int16 else 3)
+    one_band = len(pixels) == 1 and pixels.ndim == (4 if pairs else 3)
     return pixels[0] if one_band else pixels
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from shards.catalog import Catalog, Shard
 from shards.errors import DataError
 from shards.schema import DTYPES, NPY_MAGIC
+from shards.store import redact
 
 CODECS = ("raw", "zstd")
 MAX_PIXELS = 1 << 30  # bytes of one sample, so that no lie about a shape takes the machine's memory
@@ -203,15 +204,19 @@ def write(rows: np.ndarray, tar: Path) -> str:
 
 
 class IndexFile:
-    """An open index: `row(i)` is one read at a known place. Raises DataError when `path` is no index."""
+    """An open index: `row(i)` is one read at a known place. Raises DataError when `path` is no index.
 
-    def __init__(self, path: Path) -> None:
+    `file`: the same, already open and unbuffered. `identity`: device, inode, bytes and time of change.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO | None = None) -> None:
         self.path = path
         try:
-            self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - stays open until `close`
-            size = os.fstat(self._file.fileno()).st_size
+            self._file = file or open(path, "rb", buffering=0)  # noqa: SIM115 - stays open until `close`
             try:
-                self.dtype, self._length, self._begin = _layout(self._file.read(1024), size)
+                stat = os.fstat(self._file.fileno())
+                self.identity = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+                self.dtype, self._length, self._begin = _layout(self._file.read(1024), stat.st_size)
             except (OSError, ValueError):
                 self._file.close()
                 raise
@@ -232,6 +237,10 @@ class IndexFile:
     def rows(self) -> np.ndarray:
         """All rows."""
         return self._read(0, self._length)
+
+    def fileno(self) -> int:
+        """The descriptor of the file."""
+        return self._file.fileno()
 
     def close(self) -> None:
         """Close the file."""
@@ -271,12 +280,18 @@ def read(path: Path) -> np.ndarray:
         file.close()
 
 
-def open_index(path: Path, tar: Path, shard: Shard, classes: int | None = None) -> IndexFile:
-    """Open the index of a shard after comparing it with the shard; raises DataError that says what to do.
+def open_index(path: Path, tar: Path | int, shard: Shard, classes: int | None = None) -> IndexFile:
+    """Open the index of a shard after comparing it with the shard; raises DataError that says what to do."""
+    file = IndexFile(path)
+    compare(file, tar, shard, classes)
+    return file
+
+
+def compare(file: IndexFile, tar: Path | int, shard: Shard, classes: int | None = None) -> None:
+    """Raise DataError, and close `file`, unless it is the packed index of a shard (a path or a descriptor).
 
     `classes`: how many classes the source has, when labels are to be checked too.
     """
-    file = IndexFile(path)
     try:
         rows = file.rows()
         complaint = _disagreement(rows, tar, shard, classes)
@@ -286,15 +301,14 @@ def open_index(path: Path, tar: Path, shard: Shard, classes: int | None = None) 
         complaint = f"the shard cannot be read: {error}"
     if complaint:
         file.close()
-        raise DataError(f"the index disagrees with its shard: {complaint}", where=str(path), do=_advice(path))
-    return file
+        raise DataError(f"the index disagrees with its shard: {complaint}", where=str(file.path), do=_advice(file.path))
 
 
-def _disagreement(rows: np.ndarray, tar: Path, shard: Shard, classes: int | None) -> str:
+def _disagreement(rows: np.ndarray, tar: Path | int, shard: Shard, classes: int | None) -> str:
     """What is wrong with an index, or nothing. Reads two headers, not the shard."""
     if len(rows) != shard.samples:
         return f"{len(rows)} samples, the catalog says {shard.samples}"
-    size = np.uint64(tar.stat().st_size)
+    size = np.uint64(os.stat(tar).st_size)
     if (rows["dtype"] >= len(DTYPES)).any() or (rows["codec"] >= len(CODECS)).any() or (rows["shape"] < 1).any():
         return "a shape, dtype or codec is out of range"
     highest = np.iinfo(np.int32).max if classes is None else classes
@@ -314,7 +328,7 @@ def _disagreement(rows: np.ndarray, tar: Path, shard: Shard, classes: int | None
         or (rows["meta_bytes"] > MAX_JSON).any()
     ):
         return "a size does not fit its shape"
-    with open(tar, "rb") as file:
+    with open(tar, "rb", closefd=isinstance(tar, Path)) as file:
         for row in rows[raw][[0, -1]] if raw.any() else ():
             file.seek(max(int(row["offset"]) - _NPY_HEAD, 0))
             if not file.read(_NPY_HEAD).startswith(NPY_MAGIC):
@@ -329,8 +343,14 @@ def _advice(path: Path) -> str:
 def rebuild(catalog: Catalog) -> int:
     """Write the indexes of all shards of a catalog folder anew, from the shards alone; returns how many.
 
-    Raises DataError for a shard that is not the packed one: an index of it would hide that.
+    Raises DataError for a shard that is not the packed one: an index of it would hide that, and for a catalog at a URL.
     """
+    if remote := [source.root for source in catalog.sources if catalog.store(source).remote]:
+        raise DataError(
+            "indexes are only rebuilt in a folder, this catalog lies behind a URL",
+            where=redact(remote[0]),
+            do="copy it to a folder, rebuild it there, and copy it back: foundation shards copy",
+        )
     catalog.check()
     parts = [(Path(s.root) / shard.name, shard, s) for s in catalog.sources for shard in s.shards]
     for tar, shard, source in parts:

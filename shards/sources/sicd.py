@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from io import BufferedReader, FileIO
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
@@ -35,11 +37,29 @@ class Sicd(Scenes):
         return _open(path, name)
 
 
+class _FewBands(BufferedReader):
+    """A file whose image headers have at most nine bands: with many, as no SICD has them, parsing takes hours.
+
+    The parser reads field by field: a count of bands of one byte (NBANDS) and, only if it is 0, one of five bytes
+    (XBANDS; MIL-STD-2500C, table A-3).
+    """
+
+    _before = b""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """See BufferedReader.read; raises ValueError at the five bytes."""
+        if size == 5 and self._before == b"0":
+            raise ValueError("an image with more than nine bands is no SICD")
+        self._before = super().read(size)
+        return self._before
+
+
 @contextmanager
 def _open(path: Path, name: str) -> Iterator[Scene]:
     from sarkit.sicd import NitfReader
 
-    with open(path, "rb") as file, NitfReader(file) as reader:
+    logging.getLogger("jbpy").setLevel(logging.CRITICAL)  # a damaged file fills the screen; its reason is what counts
+    with _FewBands(FileIO(path)) as file, NitfReader(file) as reader:
         xml = reader.metadata.xmltree
         stored = xml.findtext("{*}ImageData/{*}PixelType")
         if stored not in _BYTES:
