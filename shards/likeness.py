@@ -85,7 +85,8 @@ def _cosines(length: int) -> np.ndarray:
 def _ranks(image: np.ndarray) -> np.ndarray:
     """Ranks in -0.5 .. 0.5, float64, the same for equal values. A float32 is cut to 8 bits of mantissa first."""
     if image.dtype.kind == "f":
-        image = np.ascontiguousarray(image, np.float32).view(np.uint32) >> 15  # their bits sort as positive floats do
+        # The bits of positive floats sort as they do; adding 0 makes 0.0 of -0.0, whose sign bit would sort last.
+        image = (np.ascontiguousarray(image, np.float32) + np.float32(0)).view(np.uint32) >> 15
     counts = np.bincount(image.ravel())
     middle: np.ndarray = (np.cumsum(counts) - counts / 2) / image.size - 0.5
     return middle[image]

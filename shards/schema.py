@@ -53,10 +53,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Rejected:
-    """A file or tile that does not become a sample: "bad" cannot be used, "small" and "flat" were asked for."""
+    """A file or tile that does not become a sample: "bad" cannot be used, the others the options leave out."""
 
     key: str
-    kind: Literal["bad", "small", "flat"]
+    kind: Literal["bad", "small", "flat", "other"]
     reason: str
 
 

@@ -71,19 +71,11 @@ def cut(source: str, codec: str, folder: Path, corpus: Corpus, items: Iterable[I
 
 
 def _digest(how: Sequence[Any], files: Files, items: Sequence[Item]) -> str:
-    facts = [
-        [item.name, item.part, item.label, dict(item.meta), files.size(item.name), _changed(files, item.name)]
-        for item in items
-    ]
+    facts = []
+    for item in items:
+        states = [(name, files.size(name), files.stamp(name)) for name in (item.name, *item.reads)]
+        facts.append([item.part, item.label, dict(item.meta), states])
     return hashlib.sha256(json.dumps([*how, facts], sort_keys=True, default=repr).encode()).hexdigest()[:32]
-
-
-def _changed(files: Files, name: str) -> int:
-    """When a local file was last written, in ns."""
-    if files.remote:
-        return 0
-    root = Path(files.root)
-    return (root / name if root.is_dir() else root).stat().st_mtime_ns
 
 
 def read_chunk(corpora: Mapping[str, Corpus], chunk: Chunk) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -80,20 +81,32 @@ class Statistics:
             return float(code)
         return min(float(np.array(code << 16 | 0xFFFF, np.uint32).view(np.float32)), self.high)
 
-    def amplitude(self) -> Amplitude:
-        """8 bits were already scaled by whoever made them; for wider pixels 1 is the 99.9th percentile."""
+    @classmethod
+    def merged(cls, parts: Sequence[Statistics]) -> Statistics:
+        """The counts of one or more parts of the same dtype together."""
+        whole = cls(parts[0].dtype)
+        for part in parts:
+            whole.merge(part)
+        return whole
+
+    def amplitude(self, of: Sequence[str] = ()) -> Amplitude:
+        """8 bits were already scaled by whoever made them; for wider pixels 1 is the 99.9th percentile.
+
+        `of`: the sources counted here, where the rule holds for others too; it then names them.
+        """
         if self.dtype == np.uint8:
             return Amplitude("full", 255.0)
-        return Amplitude("percentile", self.percentile(99.9) or self.high)
+        rule = "percentile" + (f" of {', '.join(of)}" if of else "")
+        return Amplitude(rule, self.percentile(99.9) or self.high)
 
     def summary(self) -> dict[str, Any]:
-        """Plain numbers for the catalog."""
-        count = int(self.bins.sum())
+        """Plain numbers for the catalog; all 0 where nothing was counted."""
+        count = max(int(self.bins.sum()), 1)
         mean = self.total / count
         return {
             "mean": mean,
             "std": max(self.square / count - mean**2, 0.0) ** 0.5,
-            "min": self.low,
+            "min": min(self.low, self.high),
             "max": self.high,
             **{name: self.percentile(percent) for name, percent in _PERCENTILES.items()},
             "height": _spread(self.heights),
@@ -105,6 +118,6 @@ class Statistics:
 
 def _spread(sides: Counter[int]) -> list[int]:
     """Smallest, median (the lower of two) and largest."""
-    known = sorted(sides)
+    known = sorted(sides) or [0]
     below = np.cumsum([sides[side] for side in known])
     return [known[0], known[int(np.searchsorted(below, (below[-1] + 1) // 2))], known[-1]]

@@ -22,6 +22,7 @@ _CHIP = re.compile(r"(?P<band>X|KU)_(?P<polarisation>[HV]{2})_(?P<depression>\d+
 class AtrnetStar(Corpus):
     """`CONFIGURATION/{train,test}/CLASS/BAND_POLARISATION_DEPRESSION_AZIMUTH_ID.{tif,mat,xml}`.
 
+    The innermost folder of the source that begins with train or test says the part; else a source of that very name.
     Ground range is uint8 of 128 pixels, nonlinearly quantised by its publisher; slant range is complex64. SOC-40 is the
     whole set; the counts are those of its ground range, the other configurations and the slant range have fewer.
     """
@@ -45,14 +46,15 @@ class AtrnetStar(Corpus):
 
     def items(self) -> Iterator[Item | Rejected]:
         """Every chip of the chosen range, class from its folder; one without its .xml as Rejected."""
-        above = Path(self.files.root).resolve().name
+        above = Path(self.files.root).resolve().name.lower().removesuffix(".tar")
+        above = above if above in ("train", "test") else ""  # a source may be one part
         for name in filter(self.wanted, self.files.names):
             path = PurePosixPath(name)
             if path.suffix.lower() not in _SUFFIXES[self.range]:
                 continue
             chip, annotation = _CHIP.fullmatch(path.stem), path.with_suffix(".xml").as_posix()
             folders = [folder.lower() for folder in (above, *path.parent.parts)]
-            part = next((p for p in ("train", "test") for folder in folders[:-1] if folder.startswith(p)), "")
+            part = next((p for folder in folders[-2::-1] for p in ("train", "test") if folder.startswith(p)), "")
             if not chip or not part:
                 missing = "BAND_POLARISATION_DEPRESSION_AZIMUTH_ID" if part else "train/CLASS or test/CLASS"
                 yield Rejected(name, "bad", f"its path does not fit {missing}")
@@ -68,11 +70,11 @@ class AtrnetStar(Corpus):
                 "product": "SLC" if self.range == "slant" else "chip",
                 "calibration": _CALIBRATION[self.range],
             }
-            yield Item(name, part, path.parent.name, meta)
+            yield Item(name, part, path.parent.name, meta, (annotation,))
 
     def load(self, item: Item) -> Iterator[Record | Rejected]:
         """The chip, with what its .xml says; read here, not in items, so that processes share the 100,000 files."""
-        annotation = PurePosixPath(item.name).with_suffix(".xml").as_posix()
+        (annotation,) = item.reads
         try:
             root = parse_xml(self.files.read(annotation), annotation)
         except DataError as error:

@@ -20,12 +20,16 @@ from shards.sources.files import Files
 
 @dataclass(frozen=True)
 class Item:
-    """A file of a corpus that becomes one sample or several: path inside the source, published part, class, columns."""
+    """A file of a corpus that becomes one sample or several: path inside the source, published part, class, columns.
+
+    `reads` are the side files of the source that `load` reads for it: when one of them changes, the item is read again.
+    """
 
     name: str
     part: str = ""
     label: str | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

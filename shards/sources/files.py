@@ -19,6 +19,10 @@ from shards.schema import Rejected
 from shards.store import Store, filesystem, redact
 
 MAX_BYTES = 8 << 30  # of one file that is read whole
+MAX_HEADER = 1 << 20  # of what describes an archive member
+_DESCRIBING = b"xgXLK"  # types of pax headers and of GNU's long names
+# Where fsspec's file systems say what changes when a file is written anew, the surest first.
+STAMPS = ("ETag", "etag", "LastModified", "updated", "last_modified", "mtime", "created")
 
 
 class Files:
@@ -43,7 +47,7 @@ class Files:
 
     @cached_property
     def refused(self) -> list[Rejected]:
-        """Archive members that are no plain files with a harmless name, each with the reason."""
+        """What is no plain file with a harmless name, and the place where an archive is damaged."""
         return self._scan[1]
 
     def __contains__(self, name: object) -> bool:
@@ -52,6 +56,12 @@ class Files:
     def size(self, name: str) -> int:
         """Bytes of a file."""
         return self._places[name][1]
+
+    def stamp(self, name: str) -> str:
+        """Changes when the file is written anew: what a bucket says of it, else its time of writing in ns."""
+        if self.remote:
+            return self._scan[2][name]
+        return str(Path(self._file(name)).stat().st_mtime_ns)
 
     def read(self, name: str) -> bytes:
         """The bytes of a file; raises DataError when it cannot be read."""
@@ -119,36 +129,56 @@ class Files:
         return filesystem(self.root)
 
     @cached_property
-    def _scan(self) -> tuple[dict[str, tuple[int, int]], list[Rejected]]:
-        """Name → (offset in its file, size), and what is refused."""
+    def _scan(self) -> tuple[dict[str, tuple[int, int]], list[Rejected], dict[str, str]]:
+        """Name → (offset in its file, size), what is refused, and the stamps of remote files."""
         if self.remote:
             fs, base = self._remote_root
             try:
-                found = fs.find(base, detail=True)
+                listed = fs.find(base, detail=True)
             except OSError as error:
                 where = redact(self.root)
                 raise DataError(f"cannot be listed: {redact(str(error))}", where=where, do="check the URL") from error
-            return {path[len(base) :].lstrip("/"): (0, int(info["size"])) for path, info in found.items()}, []
+            named = {path[len(base) :].lstrip("/"): info for path, info in listed.items()}
+            stamps = {name: str(next(filter(None, map(info.get, STAMPS)), "")) for name, info in named.items()}
+            return {name: (0, int(info["size"])) for name, info in named.items()}, [], stamps
         root = Path(self.root)
         if root.is_dir():
-            paths = (p for p in root.rglob("*") if p.is_file())
-            return {p.relative_to(root).as_posix(): (0, p.stat().st_size) for p in paths}, []
+            found = {p.relative_to(root).as_posix(): p for p in root.rglob("*") if not p.is_dir()}
+            places = {name: (0, path.stat().st_size) for name, path in found.items() if path.is_file()}
+            others = sorted(found.keys() - places)
+            return places, [Rejected(name, "bad", "a broken link, device or pipe") for name in others], {}
         if self._is_tar:
-            return _scan_tar(root)
-        return {root.name: (0, root.stat().st_size)}, []
+            return *_scan_tar(root), {}
+        return {root.name: (0, root.stat().st_size)}, [], {}
 
     @property
     def _places(self) -> dict[str, tuple[int, int]]:
         return self._scan[0]
 
 
+class _Member(tarfile.TarInfo):
+    """A member whose size leads neither back in the archive nor into the memory."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:  # the hook that tarfile has for subclasses
+        if self.size < 0 or (self.type in _DESCRIBING and self.size > MAX_HEADER):
+            raise _unreadable(str(archive.name), f"a header announces {self.size:,} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc]
+
+
+def _unreadable(path: str, problem: object) -> DataError:
+    return DataError(f"not a readable plain tar: {problem}", where=path, do="fetch it again")
+
+
 def _scan_tar(path: Path) -> tuple[dict[str, tuple[int, int]], list[Rejected]]:
     places: dict[str, tuple[int, int]] = {}
     refused = []
-    total = path.stat().st_size
+    total, end = path.stat().st_size, 0
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(path, "r:", tarinfo=_Member) as archive:
             for member in archive:
+                if member.size < 0:  # by a pax header: the next member would be this one again, without end
+                    raise _unreadable(str(path), f"{member.name} has {member.size} bytes")
+                end = min(archive.offset, total)
                 if member.isdir():
                     continue
                 name = member.name.removeprefix("./")  # as `tar cf x.tar .` writes them
@@ -158,9 +188,22 @@ def _scan_tar(path: Path) -> tuple[dict[str, tuple[int, int]], list[Rejected]]:
                 if name in places:
                     refused.append(Rejected(name, "bad", "a later member of the archive has the same name"))
                 places[name] = (member.offset_data, member.size)
-    except (tarfile.TarError, ValueError, OverflowError) as error:
-        raise DataError(f"not a readable plain tar: {error}", where=str(path), do="fetch it again") from error
+    except (tarfile.TarError, ValueError, OverflowError, OSError, RecursionError) as error:
+        if not places:
+            raise _unreadable(str(path), error) from error
+    if not _ends(path, end):  # at a header that is damaged or cut, tarfile stops as it does at the end
+        refused.append(Rejected(path.name, "bad", f"the archive is damaged at byte {end}: what follows is lost"))
     return places, refused
+
+
+def _ends(path: Path, offset: int) -> bool:
+    """Whether an archive ends there as it should: a block of zeros, and nothing but zeros after it."""
+    with open(path, "rb") as file:
+        file.seek(offset)
+        first = data = file.read(tarfile.BLOCKSIZE)
+        while data and not data.strip(b"\0"):
+            data = file.read(1 << 20)
+    return len(first) == tarfile.BLOCKSIZE and not data
 
 
 def _problem(member: tarfile.TarInfo, total: int) -> str:

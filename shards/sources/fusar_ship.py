@@ -80,9 +80,7 @@ class FusarShip(Named):
 
 def described(row: dict[str, str | None]) -> dict[str, Any]:
     """Columns of one row of meta.csv; what is empty or no number is left out."""
-    numbers = {
-        key: _number(row.get(key)) for key in ("centerLookAngle", "heightspace", "widthspace", "length", "width")
-    }
+    numbers = {key: _number(row.get(key)) for key in NUMBERS}
     mode = (row["polarMode"] or "").strip()
     found = {
         "look_angle": numbers["centerLookAngle"],

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from shards.errors import DataError
+from shards.formats import MAX_BANDS
 from shards.sources.base import Options
 from shards.sources.files import Files
 from shards.sources.scenes import Scene, Scenes, check_block
@@ -26,6 +27,7 @@ _NATIVE = {
     "complex_int16": np.int16,
 }
 _GDAL = {"GDAL_CACHEMAX": 32 << 20, "GDAL_NUM_THREADS": 1}  # blocks are read once; the default is 5 % of all memory
+ID_LENGTH = 16  # of a file name that is taken to name one scene wherever it stands
 _METRES_PER_DEGREE = 111_320.0
 _POLARISATIONS = ("HH", "HV", "VH", "VV")
 _TAGS = {
@@ -40,7 +42,9 @@ _TAGS = {
 class GeoTiff(Scenes):
     """Any GeoTIFF: uint8, uint16, float32, complex (CInt16 becomes int16 pairs), 1 to n bands as [C, H, W].
 
-    Nodata, masks and NaN are outside the imaged area and become 0. Tiles of 256 pixels where the user names none.
+    Nodata, masks and NaN are outside the imaged area and become 0. Tiles of 256 pixels where the user names none. The
+    scene's id is the name of the file without suffix; one under 16 characters (`0001`) may be that of many scenes, and
+    the path inside the source stands for it (`train/0001`).
     """
 
     kind = "geotiff"
@@ -60,7 +64,7 @@ class GeoTiff(Scenes):
             raise DataError(f"bands={text} names no bands", do="give numbers from 1, e.g. bands=1,2") from error
 
     def open(self, path: Path, name: str) -> AbstractContextManager[Scene]:
-        """See Scenes.open; the scene's id is the name of the file."""
+        """See Scenes.open."""
         return open_tiff(path, name, self.bands)
 
 
@@ -78,6 +82,8 @@ def open_tiff(path: Path, name: str, bands: tuple[int, ...] = ()) -> Iterator[Sc
         # The driver is named because others (VRT) are small texts that make GDAL open further files and addresses.
         opened = rasterio.open(path, driver="GTiff")
     with opened as dataset:
+        if dataset.count > MAX_BANDS:  # of a header that lies, GDAL would describe each of thousands
+            raise DataError(f"{dataset.count} bands: 1 to {MAX_BANDS} are read", where=name, do="store fewer a file")
         pictures = zip(dataset.indexes, dataset.colorinterp, strict=True)
         chosen = bands or [band for band, use in pictures if use != ColorInterp.alpha]
         if absent := set(chosen) - set(dataset.indexes):
@@ -124,7 +130,9 @@ def _columns(dataset: Any, bands: Any, name: str) -> dict[str, Any]:
     named = [next((p for p in _POLARISATIONS if p in description), "") for description in named]
     if all(named):
         said["polarisation"] = "+".join(named)
-    return known(**said, scene=PurePosixPath(name).stem, spacing=_spacing(dataset))
+    path = PurePosixPath(name)
+    scene = path.stem if len(path.stem) >= ID_LENGTH else path.with_suffix("").as_posix()
+    return known(**said, scene=scene, spacing=_spacing(dataset))
 
 
 def _spacing(dataset: Any) -> float | None:

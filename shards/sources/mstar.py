@@ -65,8 +65,8 @@ class Mstar(Named):
             raise DataError(f"the option variants of mstar is {chosen!r}", do="use yes or no")
         self.variants = chosen == "yes"
 
-    def item(self, name: str, match: re.Match[str]) -> Item | Rejected | None:
-        """Part and class from the folders; None for a variant that was not asked for."""
+    def item(self, name: str, match: re.Match[str]) -> Item | Rejected:
+        """Part and class from the folders; a variant that was not asked for as Rejected."""
         label = re.sub(r"[_-]", "", match["target"]).upper()
         angle = int(match["angle"]) if match["angle"] else {"train": 17, "test": 15}.get((match["split"] or "").lower())
         if angle is None:
@@ -76,7 +76,8 @@ class Mstar(Named):
         if label not in CLASSES or angle not in (15, 17):
             return Item(name, "other", label, meta)
         if not self.variants and serial != STANDARD.get(label, serial):
-            return None
+            reason = f"{label} {serial} is a variant of the standard vehicle {STANDARD[label]}: variants=yes takes it"
+            return Rejected(name, "other", reason)
         return Item(name, ("train" if angle == 17 else "test") + ("-variants" if self.variants else ""), label, meta)
 
     def load(self, item: Item) -> Iterator[Record | Rejected]:

@@ -17,16 +17,16 @@ class Named(Corpus):
     expected: ClassVar[str]
 
     def items(self) -> Iterator[Item | Rejected]:
-        """Every file that the pattern explains; others as Rejected; those that `item` leaves out not at all."""
+        """Every file that the pattern explains; others as Rejected."""
         for name in self.files.names:
             if not self.wanted(name):
                 continue
             match = self.pattern.search(name)
             if match is None:
                 yield Rejected(name, "bad", f"not a file of {self.kind}; expected {self.expected}")
-            elif (found := self.item(name, match)) is not None:
-                yield found
+            else:
+                yield self.item(name, match)
 
-    def item(self, name: str, match: re.Match[str]) -> Item | Rejected | None:
-        """What a path stands for; None leaves it out."""
+    def item(self, name: str, match: re.Match[str]) -> Item | Rejected:
+        """What a path stands for."""
         raise NotImplementedError

@@ -74,14 +74,14 @@ class OpenSarShip(Corpus):
             else:
                 channels = (chip["channel"].upper(),) if chip["channel"] else _CHANNELS[code[2]]
                 if not self.polarisation or self.polarisation in channels:
-                    place = {"x": int(chip["x"]), "y": int(chip["y"]), "ships": ship_lists[folder]}
+                    place = {"x": int(chip["x"]), "y": int(chip["y"]), "polarisation": "+".join(channels)}
                     said = {"platform": f"Sentinel-{scene[1:3]}", "product": code[1], "scene": scene}
-                    yield Item(name, "", chip["label"], {**said, **place, "polarisation": "+".join(channels)})
+                    yield Item(name, "", chip["label"], {**said, **place}, (ship_lists[folder],))
 
     def load(self, item: Item) -> Iterator[Record | Rejected]:
         """The chip, with what Ship.xml says about its ship."""
-        meta = dict(item.meta)
-        ships, channels = meta.pop("ships"), meta["polarisation"].split("+")
+        meta, (ships,) = dict(item.meta), item.reads
+        channels = meta["polarisation"].split("+")
         try:
             found = _ships(self.files.read(ships), ships).get((meta["x"], meta["y"]), {})
             pixels = _read(self.files.read(item.name), item.name, len(channels), meta["product"] == "SLC")

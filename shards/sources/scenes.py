@@ -61,13 +61,17 @@ class Scenes(Corpus):
         """Whether a path names a scene of this kind; other files of a product are passed over."""
         return PurePosixPath(name).suffix.lower() in self.suffixes
 
+    def reads(self, name: str) -> tuple[str, ...]:
+        """The side files that `open` reads for a scene, as far as they are there."""
+        return ()
+
     def items(self) -> Iterator[Item | Rejected]:
         """One item per row of tiles of each scene; a scene whose header cannot be read as Rejected."""
         for name in filter(self.wanted, self.files.names):
             if not self.is_scene(name):
                 continue
             if not self.in_place:
-                yield Item(name)
+                yield Item(name, reads=self.reads(name))
                 continue
             try:
                 with self._opened(name) as scene:
@@ -75,7 +79,7 @@ class Scenes(Corpus):
             except DataError as error:
                 yield Rejected(name, "bad", error.what)
                 continue
-            yield from (Item(name, meta={"top": top}) for top in tops)
+            yield from (Item(name, meta={"top": top}, reads=self.reads(name)) for top in tops)
 
     def load(self, item: Item) -> Iterator[Record | Rejected]:
         """The tiles of one item; a row of tiles that cannot be read as one Rejected."""

@@ -39,6 +39,10 @@ class Sentinel1(Scenes):
         """The files of `measurement`; a quick look or a map overlay is none."""
         return super().is_scene(name) and PurePosixPath(name).parent.name in ("measurement", "")
 
+    def reads(self, name: str) -> tuple[str, ...]:
+        """See Scenes.reads: annotation and calibration annotation."""
+        return tuple(side for side in _side_files(name) if side in self.files)
+
     def open(self, path: Path, name: str) -> AbstractContextManager[Scene]:
         """See Scenes.open; the scene's id is the name of the SAFE product."""
         return self._open(path, name)
@@ -56,17 +60,21 @@ class Sentinel1(Scenes):
 
     def _annotated(self, name: str) -> dict[str, Any]:
         """The columns of a measurement, from its annotation and its calibration annotation."""
-        product, stem = PurePosixPath(name).parent.parent, PurePosixPath(name).stem
-        annotation = (product / "annotation" / f"{stem}.xml").as_posix()
+        product, (annotation, calibration) = PurePosixPath(name).parent.parent, _side_files(name)
         if annotation not in self.files:
             raise DataError(f"{name} has no annotation {annotation}", where=name, do="give the whole .SAFE folder")
-        calibration = (product / "annotation/calibration" / f"calibration-{stem}.xml").as_posix()
         meaning = "uncalibrated DN: the product came without calibration annotation"
         if calibration in self.files:
             meaning = _calibration(self.files.read(calibration), calibration)
         scene = product.name or Path(self.files.root).resolve().name.removesuffix(".tar")
         columns = _columns(self.files.read(annotation), annotation)
         return {**columns, "scene": scene.removesuffix(".SAFE"), "calibration": meaning}
+
+
+def _side_files(name: str) -> tuple[str, str]:
+    """The paths of annotation and calibration annotation of a measurement."""
+    folder, stem = PurePosixPath(name).parent.parent / "annotation", PurePosixPath(name).stem
+    return (folder / f"{stem}.xml").as_posix(), (folder / f"calibration/calibration-{stem}.xml").as_posix()
 
 
 # The files take a tenth of a second and more to parse, and every row of tiles of a scene asks for the same two.

@@ -109,6 +109,11 @@ def test_flips_and_turns_are_at_distance_zero(seed: int, height: int, width: int
         assert distance < 0.01  # a coefficient on the border of two codes may change its code with its sign
 
 
+def test_a_negative_zero_is_as_dark_as_zero() -> None:
+    image = np.where(chip(0) < 100, 0, chip(0)).astype(np.float32)
+    assert descriptor(np.where(image == 0, np.float32(-0.0), image)) == descriptor(image)
+
+
 def test_the_first_channel_counts() -> None:
     first, second = chip(0), chip(1)
     assert descriptor(np.stack([first, second])) == descriptor(first)

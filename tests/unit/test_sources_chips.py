@@ -11,6 +11,7 @@ import pytest
 from source_samples import image, listed, take, to_tar
 
 from shards.errors import DataError
+from shards.pack import REJECTED, SourceSpec, pack
 from shards.sources import corpus
 from shards.sources.base import check_counts
 
@@ -150,6 +151,44 @@ def test_atrnet_star_takes_class_part_and_angles_from_its_paths(star: tuple[Path
     assert records[0].pixels.dtype == np.complex64
     assert (records[0].pixels == slant).all()
     assert records[0].meta["product"] == "SLC"
+
+
+@pytest.mark.parametrize(
+    ("source", "folder", "part"),
+    [
+        ("training", "test", "test"),
+        ("train", "SOC/test_v2", "test"),
+        ("training", "test/train", "train"),
+        ("test", ".", "test"),
+        ("testing", ".", None),
+    ],
+)
+def test_the_innermost_folder_says_the_part_of_an_atrnet_star_chip(
+    tmp_path: Path, source: str, folder: str, part: str | None
+) -> None:
+    stem = tmp_path / source / folder / "train_bus/KU_HH_15_30_1"
+    image(stem.with_suffix(".tif"))
+    stem.with_suffix(".xml").write_text("<annotation/>")
+    for place in (tmp_path / source, to_tar(tmp_path / source)):
+        items, rejected = listed("atrnet-star", place)
+        assert [item.part for item in items] == ([part] if part else [])
+        assert len(items) + len(rejected) == 1
+
+
+@pytest.mark.parametrize("kind", ["atrnet-star", "opensarship"])
+def test_a_side_file_that_was_mended_is_read_again(
+    star: tuple[Path, np.ndarray, np.ndarray], ships: tuple[Path, np.ndarray, np.ndarray], tmp_path: Path, kind: str
+) -> None:
+    root = star[0] if kind == "atrnet-star" else ships[0]
+    side = next(path for path in sorted(root.rglob("*.xml")))
+    text = side.read_text()
+    specs = [SourceSpec("s", root, kind=kind, incomplete=True)]
+    side.write_text("<" * len(text))
+    with pytest.raises(DataError, match="is not readable XML"):
+        pack(tmp_path / "out", specs)
+    side.write_text(text)
+    assert pack(tmp_path / "out", specs).samples > 0
+    assert not (tmp_path / "out" / REJECTED).exists()
 
 
 def test_atrnet_star_checks_the_published_counts(star: tuple[Path, np.ndarray, np.ndarray]) -> None:

@@ -141,7 +141,7 @@ ASIDE = {  # side files that say something, or that are passed over
     "sar-ship": {"Gao_ship_hh_02016.txt": b"0 0.5 0.5 0.1 0.1"},
     "sarsim": {"notes.md": b"x"},
     "sample": {"sample_public.pdf": b"x", "verify.py": b"x"},
-    "mstar": {"15_DEG/COL2/SCENE1/README.TXT": b"x", "17_DEG/T72/SN_812/HB03788.016": CHIP},
+    "mstar": {"15_DEG/COL2/SCENE1/README.TXT": b"x"},
     "fusar-ship": {"meta.csv": META, "meta.xls": b"x"},
     "sar-acd": {".DS_Store": b"x"},
 }
@@ -334,8 +334,18 @@ def test_mstar_takes_the_standard_vehicles_unless_variants_are_asked_for(tmp_pat
     vehicles |= {f"15_DEG/BMP2/SN_{serial}/1.015": CHIP for serial in ("9563", "9566", "C21")}
     vehicles |= {"17_DEG/BTR70/SN_C71/1.004": CHIP}
     files = Files(write(tmp_path, vehicles))
-    standard = [(item.part, item.label, item.meta["serial"]) for item in Mstar(files).items()]
+    found = list(Mstar(files).items())
+    standard = [(item.part, item.label, item.meta["serial"]) for item in found if isinstance(item, Item)]
     assert standard == [("test", "BMP2", "9563"), ("train", "BTR70", "C71"), ("train", "T72", "132")]
+    assert [(item.key, item.kind, item.reason) for item in found if isinstance(item, Rejected)] == [
+        (f"{folder}/SN_{serial}/1.015", "other", f"{reason}: variants=yes takes it")
+        for folder, serial, reason in (
+            ("15_DEG/BMP2", "9566", "BMP2 9566 is a variant of the standard vehicle 9563"),
+            ("15_DEG/BMP2", "C21", "BMP2 C21 is a variant of the standard vehicle 9563"),
+            ("17_DEG/T72", "812", "T72 812 is a variant of the standard vehicle 132"),
+            ("17_DEG/T72", "S7", "T72 S7 is a variant of the standard vehicle 132"),
+        )
+    ]
     every = list(Mstar(files, Options(extra={"variants": "yes"})).items())
     assert Counter(item.part for item in every) == {"train-variants": 4, "test-variants": 3}
     with pytest.raises(DataError, match="the option variants of mstar is 'maybe'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from source_samples import BOMB, assert_windows, speckle, take, to_tar, write_tiff
+
+from shards.errors import DataError
+from shards.pack import SourceSpec, pack
+from shards.reader import Reader
 
 pytest.importorskip("rasterio")
 h5py = pytest.importorskip("h5py")
@@ -104,6 +109,31 @@ def test_an_annotation_with_entities_is_refused(tmp_path: Path) -> None:
         assert rejected[0].reason == "an XML file with a document type is not read"
     annotation.write_text("<product><adsHeader>")
     assert "is not readable XML" in take("sentinel-1", safe)[1][0].reason
+
+
+def test_annotations_that_changed_after_a_packing_that_stopped_are_read_again(tmp_path: Path) -> None:
+    safe = write_safe(tmp_path / "in", GRD, speckle(8, 8))
+    (annotation,), (calibration,) = (safe / "annotation").glob("*.xml"), (safe / "annotation/calibration").iterdir()
+    text = calibration.read_text()
+    calibration.unlink()
+    stray = write_tiff(safe / "measurement/stray.tiff", speckle(8, 8))
+    specs = [SourceSpec("s", safe, kind="sentinel-1")]
+
+    def stopped() -> None:
+        with pytest.raises(DataError, match=r"stray\.tiff has no annotation"):
+            pack(tmp_path / "out", specs)
+
+    stopped()
+    calibration.write_text(text)
+    stopped()
+    calibration.write_text(text.replace("300", "400"))
+    annotation.write_text(annotation.read_text().replace("IW2", "IW3"))
+    stray.unlink()
+    catalog = pack(tmp_path / "out", specs)
+    assert (
+        catalog.table(["calibration"])["calibration"].to_pylist()[0].startswith("sigma0 = DN^2 / A^2 with A from 310.5")
+    )
+    assert json.loads(Reader(catalog).meta(0))["swath"] == "IW3"
 
 
 def test_a_product_without_calibration_says_so(tmp_path: Path) -> None:

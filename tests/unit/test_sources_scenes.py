@@ -123,6 +123,14 @@ def test_a_geotiff_says_its_spacing_scene_and_tags(tmp_path: Path) -> None:
     assert "spacing" not in records[0].meta
 
 
+def test_a_short_name_stands_for_a_scene_only_together_with_its_folder(tmp_path: Path) -> None:
+    names = ("train/0001", "test/0001", "train/CAPELLA_C02_SM_1", "test/CAPELLA_C02_SM_1")
+    for name in names:
+        write_tiff(tmp_path / f"{name}.tif", speckle(8, 8))
+    records, _ = take("geotiff", tmp_path)
+    assert [r.meta["scene"] for r in records] == ["test/0001", "CAPELLA_C02_SM_1", "train/0001", "CAPELLA_C02_SM_1"]
+
+
 def test_damage_is_reported_and_what_can_be_read_is_read(tmp_path: Path) -> None:
     folder = tmp_path / "scenes"
     whole = write_tiff(folder / "cut.tif", speckle(64, 64), blockysize=16).read_bytes()
