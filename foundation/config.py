@@ -91,7 +91,7 @@ class DataConfig(Section):
     )
     lanes: int = Field(default=60, ge=1, description="lanes of the order; the number of processes must divide it")
     block_shards: int = Field(default=4, ge=1, description="shards that are shuffled together")
-    workers: int = Field(default=2, ge=0, description="loader processes per rank; 0 reads in the training process")
+    workers: int = Field(default=2, ge=0, description="threads that read ahead in each process; 0: none")
     image_size: int = Field(default=224, ge=1, description="side of the training image, pixels")
     crop_scale: tuple[Unit, Unit] = Field(default=(0.2, 1.0), description="area of the random crop, share of the image")
     crop_ratio: tuple[Positive, Positive] = Field(
@@ -100,7 +100,7 @@ class DataConfig(Section):
     flip: float = Field(default=0.5, ge=0, le=1, description="probability of a horizontal flip")
     contrast: float = Field(default=0.5, ge=0, le=1, description="contrast factor is drawn from 1 ± this")
 
-    @field_validator("catalog", mode="before")
+    @field_validator("catalog", "held_out", mode="before")
     @classmethod
     def _one(cls, value: object) -> object:
         """One catalog may stand without a list."""

@@ -119,15 +119,19 @@ class Findings:
 
 def overlap(learnt: Catalog, tested: Catalog) -> list[str]:
     """«learnt = tested» for every test image whose pixels are also among those to learn from."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    test, known = (catalog.table(["sha256", "from"]).combine_chunks() for catalog in (tested, learnt))
+    columns = ["sha256", "from"]
+    test = tested.table(columns).combine_chunks()
+    hits = [table.filter(pc.is_in(table["sha256"], value_set=test["sha256"])) for table in learnt.tables(columns)]
+    known = pa.concat_tables(hits).combine_chunks()
     test = test.filter(pc.is_in(test["sha256"], value_set=known["sha256"]))
     if not len(test):
         return []
     twins = known.take(pc.index_in(test["sha256"], value_set=known["sha256"]))
-    columns = (twins["source"], twins["from"], test["source"], test["from"])
-    return [f"{a}: {b} = {c}: {d}" for a, b, c, d in zip(*(c.to_pylist() for c in columns), strict=True)]
+    sides = (twins["source"], twins["from"], test["source"], test["from"])
+    return [f"{a}: {b} = {c}: {d}" for a, b, c, d in zip(*(side.to_pylist() for side in sides), strict=True)]
 
 
 def shared_scenes(learnt: Catalog, tested: Catalog) -> list[SharedScene]:
@@ -195,25 +199,28 @@ class _Rows:
 
         self.parts: list[tuple[int, Source, int]] = []  # catalog, source, sample id of its first sample there
         self.catalogs = [catalog, *against]
-        seen: set[str] = set()
-        tables = []
+        without_test = {n for n, one in enumerate(self.catalogs) if n and all(s.split != "test" for s in one.sources)}
+        self.learns: list[bool] = []
+        self.tests: list[bool] = []
+        seen: dict[str, int] = {}
+        tables: list[pa.Table] = []
         for number, one in enumerate(self.catalogs):
             start = 0
             for source in one.sources:
-                identity = json.dumps(source.identity())
-                if identity not in seen:
+                part = seen.setdefault(json.dumps(source.identity()[2:]), len(tables))  # whatever its name and split
+                if part == len(tables):
                     self.parts.append((number, source, start))
                     tables.append(one.table(["sha256", "key", "from", "likeness"], source))
-                seen.add(identity)
+                    self.learns.append(False)
+                    self.tests.append(False)
+                self.learns[part] |= number == 0 and source.split != "test"
+                self.tests[part] |= source.split == "test" or number in without_test
                 start += source.samples
         self.part = np.repeat(np.arange(len(tables)), [len(table) for table in tables])
         self.starts = np.cumsum([0, *(len(table) for table in tables)])
         self.table: pa.Table = pa.concat_tables(tables).combine_chunks()
         hashes = self.table["sha256"].combine_chunks()
         self.contents = hashes.dictionary_encode().indices.to_numpy().astype(np.int64)
-        without_test = {n for n, one in enumerate(self.catalogs) if n and all(s.split != "test" for s in one.sources)}
-        self.learns = [number == 0 and source.split != "test" for number, source, _ in self.parts]
-        self.tests = [source.split == "test" or number in without_test for number, source, _ in self.parts]
         self.learnt, self.tested = np.array(self.learns)[self.part], np.array(self.tests)[self.part]
 
     def likeness(self, rows: np.ndarray) -> np.ndarray:

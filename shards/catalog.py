@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +16,14 @@ import numpy as np
 
 from shards.cache import Cache
 from shards.errors import DataError
-from shards.schema import SPLITS, VERSION, canonical_json
-from shards.store import Store
+from shards.schema import DTYPES, SPLITS, VERSION, canonical_json, check_name
+from shards.store import Retry, Store, redact
 
 if TYPE_CHECKING:
     import pyarrow
 
 FILE_NAME = "catalog.json"
+OPENING = Retry(patience=15)  # somebody is waiting at a terminal; a run that is under way has more
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Catalog:
             raise DataError(f"unknown split {sorted(wrong)}", do=f"choose from {', '.join(SPLITS)}")
         kept = tuple(s for s in self.sources if s.split in wanted)
         if not kept:
-            raise DataError(f"no source in split {sorted(wanted)}", where=self.root, do=self._holds())
+            raise DataError(f"no source in split {sorted(wanted)}", where=redact(self.root), do=self._holds())
         return replace(self, sources=kept)
 
     def only(self, names: Iterable[str]) -> Catalog:
@@ -142,17 +145,20 @@ class Catalog:
 
         known = {name: kind for name, (kind, _) in COLUMNS.items()} | {"class": str, "height": int, "width": int}
         expression = compile_filter(text, {**known, "source": str, "split": str})
+        named = [name for name in known if re.search(rf"\b{name}\b", text)] or ["class"]
         sources = []
         for source in self.sources:
-            table = self.table([*known], source)
-            passed = table.append_column("number", [np.arange(len(table))]).filter(expression)["number"].to_numpy()
-            sources.append(_keep(source, passed))
+            rows = []
+            for table in self.tables(named, source):
+                numbered = table.append_column("number", [np.arange(len(table), dtype=np.int32)])
+                rows.append(numbered.filter(expression)["number"].to_numpy())
+            sources.append(_keep(source, rows))
         kept = tuple(s for s in sources if s.samples)
         if not kept:
             raise DataError(
                 f"no sample passes the filter {text!r}",
-                where=self.root,
-                do=f"see what the columns hold: foundation shards inspect {self.root}",
+                where=redact(self.root),
+                do="see what the columns hold: foundation shards audit CATALOG",
             )
         return replace(self, sources=kept)
 
@@ -165,23 +171,26 @@ class Catalog:
         """Where the files of a source are fetched from."""
         return Store(source.root, self.cache)
 
-    def table(self, columns: Sequence[str], *sources: Source) -> pyarrow.Table:
-        """These metadata columns of all kept samples (or of `sources`), in sample order, with `source` and `split`."""
+    def tables(self, columns: Sequence[str], *sources: Source) -> Iterator[pyarrow.Table]:
+        """These metadata columns of all kept samples (or of `sources`), a table a shard, with `source` and `split`."""
         import pyarrow
 
         from shards import metadata
 
-        tables = []
         for source in sources or self.sources:
             file = source.metadata
-            table = metadata.read(self.store(source).fetch(file.name, file.bytes, file.sha256), source, columns)
-            if source.rows is not None:
-                starts = np.cumsum([0, *(s.samples for s in source.shards)])
-                table = table.take(np.concatenate([r + start for r, start in zip(source.rows, starts, strict=False)]))
-            for name, value in (("source", source.name), ("split", source.split)):
-                table = table.append_column(name, pyarrow.repeat(value, len(table)))
-            tables.append(table)
-        return pyarrow.concat_tables(tables)
+            path = self.store(source).fetch(file.name, file.bytes, file.sha256)
+            for number, group in enumerate(metadata.groups(path, source, columns)):
+                table = group if source.rows is None else group.take(source.rows[number])
+                for name, value in (("source", source.name), ("split", source.split)):
+                    table = table.append_column(name, pyarrow.repeat(value, len(table)))
+                yield table
+
+    def table(self, columns: Sequence[str], *sources: Source) -> pyarrow.Table:
+        """The `tables` as one, in sample order."""
+        import pyarrow
+
+        return pyarrow.concat_tables(self.tables(columns, *sources))
 
     def check(self) -> None:
         """Cheap check that every local shard is there with its size; raises DataError that lists all that are not.
@@ -224,7 +233,7 @@ class Catalog:
 
     def _know(self, names: set[str]) -> None:
         if missing := names - {s.name for s in self.sources}:
-            raise DataError(f"no source named {sorted(missing)}", where=self.root, do=self._holds())
+            raise DataError(f"no source named {sorted(missing)}", where=redact(self.root), do=self._holds())
 
     def _holds(self) -> str:
         return "the catalog holds " + (", ".join(f"{s.name} ({s.split})" for s in self.sources) or "no sources")
@@ -232,19 +241,17 @@ class Catalog:
     def _refuse(self, found: list[str]) -> None:
         if found:
             lines = found[:10] + ([f"and {len(found) - 10} more"] if len(found) > 10 else [])
-            raise DataError("\n".join(lines), where=self.root, do="restore the files or pack the source again")
+            where = redact(self.root)
+            raise DataError("\n".join(lines), where=where, do="restore the files or pack the source again")
 
 
-def _keep(source: Source, passed: np.ndarray) -> Source:
-    """The source reduced to the samples with these numbers among its kept ones, in rising order."""
-    if len(passed) == source.samples:
+def _keep(source: Source, kept: Sequence[np.ndarray]) -> Source:
+    """The source reduced to these of its kept samples, per shard and in rising order."""
+    if sum(map(len, kept)) == source.samples:
         return source
-    starts = np.cumsum([0, *source.kept])
-    cuts = np.searchsorted(passed, starts)
-    rows = [(passed[a:b] - start).astype(np.int32) for a, b, start in zip(cuts, cuts[1:], starts, strict=False)]
     if source.rows is not None:
-        rows = [old[new] for old, new in zip(source.rows, rows, strict=True)]
-    return replace(source, rows=tuple(rows))
+        kept = [old[new] for old, new in zip(source.rows, kept, strict=True)]
+    return replace(source, rows=tuple(kept))
 
 
 def _complaint(path: Path, shard: Shard) -> str | None:
@@ -270,7 +277,9 @@ def of(root: str | Path, sources: Iterable[Source], *, place: bool = True) -> Ca
 
 
 def text(catalog: Catalog) -> str:
-    """What `catalog.json` holds."""
+    """What `catalog.json` holds. Raises DataError for a filtered catalog: its shards hold more than it counts."""
+    if filtered := [source.name for source in catalog.sources if source.rows is not None]:
+        raise DataError(f"{filtered[0]} is filtered", do="write the whole catalog; filter where it is read")
     sources = [{k: v for k, v in asdict(source).items() if k not in ("root", "rows")} for source in catalog.sources]
     value = {
         "version": catalog.version,
@@ -301,7 +310,7 @@ def load(*roots: str | Path, cache: Cache | None = None) -> Catalog:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(
             f"two catalogs hold a source named {twice[0]!r}",
-            where=" and ".join(c.root for c in loaded),
+            where=redact(" and ".join(c.root for c in loaded)),
             do="pack one of them under another name",
         )
     return replace(of(", ".join(c.root for c in loaded), sources, place=False), cache=cache)
@@ -309,39 +318,56 @@ def load(*roots: str | Path, cache: Cache | None = None) -> Catalog:
 
 def _load(root: str, cache: Cache | None) -> Catalog:
     root = root.removesuffix(FILE_NAME).rstrip("/") or "."
-    file = f"{root}/{FILE_NAME}"
+    file, where = f"{root}/{FILE_NAME}", redact(f"{root}/{FILE_NAME}")
     try:
-        store = Store(root, cache)
+        store = Store(root, cache, OPENING)
         value = json.loads(store.read(FILE_NAME) if store.remote else Path(file).read_bytes())
         version = value["version"]
         if version == VERSION:
             return of(root, [_source(s) for s in value["sources"]])
     except FileNotFoundError as error:
-        raise DataError("no catalog here", where=file, do="make one with: foundation shards pack") from error
+        raise DataError("no catalog here", where=where, do="make one with: foundation shards pack") from error
     except OSError as error:
         what = f"the catalog cannot be read: {error.strerror}"
-        raise DataError(what, where=file, do="correct the path or the permissions") from error
+        raise DataError(what, where=where, do="correct the path or the permissions") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DataError(f"the catalog cannot be read: {error!r}", where=file, do="pack again") from error
+        raise DataError(f"the catalog cannot be read: {error!r}", where=where, do="pack again") from error
     raise DataError(
         f"the catalog has version {version}; this program reads version {VERSION}",
-        where=file,
+        where=where,
         do="pack again with this program, or use the one that packed it",
     )
 
 
 def _source(value: dict[str, Any]) -> Source:
-    shards = tuple(Shard(**shard) for shard in value["shards"])
-    metadata = Sidecar(**value["metadata"])
-    for name in (metadata.name, *(shard.name for shard in shards)):
-        if Path(name).name != name:  # a catalog may not point outside its folder
-            raise ValueError(f"file name {name!r}")
-    fixed = {
-        "shards": shards,
-        "metadata": metadata,
-        "classes": tuple(value["classes"]),
-        "amplitude": Amplitude(**value["amplitude"]),
-    }
+    """A source from the catalog file, which may come from anywhere: names and hashes become parts of paths."""
     if value.keys() & {"root", "rows"}:
         raise ValueError("a catalog file does not say where it lies")
-    return Source(**(value | fixed))
+    source = Source(
+        **value
+        | {
+            "shards": tuple(Shard(**shard) for shard in value["shards"]),
+            "metadata": Sidecar(**value["metadata"]),
+            "classes": tuple(value["classes"]),
+            "amplitude": Amplitude(**value["amplitude"]),
+        }
+    )
+    files: list[Shard | Sidecar] = [*source.shards, source.metadata]
+    hashes = [*(f.sha256 for f in files), *(s.index_sha256 for s in source.shards)]
+    counts = [*(f.bytes for f in files), *(n for s in source.shards for n in (s.samples, s.index_bytes))]
+    rule = source.amplitude
+    if wrong := next((f.name for f in files if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", f.name)), None):
+        raise ValueError(f"file name {wrong[:200]!r}")
+    if wrong := next((h for h in hashes if not re.fullmatch("[0-9a-f]{64}", h)), None):
+        raise ValueError(f"sha256 {wrong!r}")
+    if not all(type(n) is int and n > 0 for n in counts):
+        raise ValueError("a count or a size that is no positive whole number")
+    if wrong := next((s.name for s in source.shards if s.samples * 4 * 512 > s.bytes), None):  # two members a sample
+        raise ValueError(f"more samples than fit into {wrong}")
+    if not all(type(name) is str for name in source.classes):
+        raise ValueError("a class is no text")
+    if check_name(source.name) and (source.split not in SPLITS or source.dtype not in DTYPES):
+        raise ValueError(f"split {source.split!r}, dtype {source.dtype!r}")
+    if not (0 < rule.scale < math.inf and 0 <= rule.decibels < math.inf):
+        raise ValueError(f"amplitude {rule}")
+    return source

@@ -5,8 +5,10 @@ Weights, filters and audits read only this, never pixels.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,22 +55,38 @@ def write(path: Path, tables: Iterable[pa.Table]) -> None:
     os.replace(part, path)
 
 
-def read(path: Path, source: Source, columns: Sequence[str] | None = None) -> pa.Table:
-    """These columns (or all) of all samples of a source, in shard order; raises DataError for a file that is damaged.
-
-    The caller has compared the file's sha256 with the catalog, or trusts where it lies.
-    """
+def groups(path: Path, source: Source, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """These columns of a source, shard by shard; raises DataError for a file that is damaged or not the packed one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     do = "restore the file or pack the source again"
     try:
+        stat = path.stat()
+        if _sha256(path, stat.st_size, stat.st_mtime_ns) != source.metadata.sha256:
+            raise DataError("the metadata have changed: their sha256 is not the packed one", where=str(path), do=do)
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            if groups != [shard.samples for shard in source.shards]:
+            rows = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            if rows != [shard.samples for shard in source.shards]:
                 raise DataError("the metadata are not those of the shards", where=str(path), do=do)
-            if missing := [name for name in columns or schema().names if name not in file.schema_arrow.names]:
+            if missing := [name for name in columns if name not in file.schema_arrow.names]:
                 raise DataError(f"the metadata have no column {missing[0]}", where=str(path), do=do)
-            return file.read(columns=None if columns is None else list(columns))
+            for group in range(len(rows)):
+                yield file.read_row_group(group, columns=list(columns))
     except (OSError, pa.ArrowException, ValueError) as error:
         raise DataError(f"the metadata cannot be read: {error}", where=str(path), do=do) from error
+
+
+@lru_cache
+def _sha256(path: Path, size: int, written: int) -> str:
+    """Of a file as it is now; Parquet protects its pages, not which column they are."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read(path: Path, source: Source, columns: Sequence[str] | None = None) -> pa.Table:
+    """These columns (or all) of all samples of a source, in shard order; see `groups`."""
+    import pyarrow as pa
+
+    names = schema().names if columns is None else list(columns)
+    return pa.concat_tables([pa.table([], pa.schema([schema().field(n) for n in names])), *groups(path, source, names)])

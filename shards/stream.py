@@ -1,30 +1,35 @@
 """Shards → micro-batches, in an order that is a pure function of (catalog, seed, position).
 
-The loader works on micro-batch numbers, so neither the number of workers nor the moment of a restart can change what a
-batch holds; a seek costs nothing because nothing has to be replayed.
+A micro-batch is a pure function of its number, so neither the number of workers nor the moment of a restart can change
+what it holds; a seek costs nothing because nothing has to be replayed.
 """
 
 from __future__ import annotations
 
 import math
-import signal
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import accumulate, count
-from typing import Any, NamedTuple
+from itertools import accumulate, count, islice
+from queue import SimpleQueue
+from threading import Thread
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from shards.catalog import Catalog
 from shards.errors import DataError
 from shards.order import Mixture, check_division, rank_positions
 from shards.reader import CorruptSample, Reader, Sample
 
-__all__ = ["Batch", "Reader", "Replaced", "Sample", "Stream", "explained_deaths"]
+__all__ = ["Batch", "Reader", "Replaced", "Sample", "Stream"]
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Replaced(NamedTuple):
@@ -79,6 +84,47 @@ class Batch:
         )
 
 
+def in_order(function: Callable[[T], R], tasks: Iterator[T], workers: int) -> Iterator[R]:
+    """`function` of every task in their order, computed by `workers` threads a few tasks ahead of the caller.
+
+    The threads are daemons: one that waits for a dead server cannot keep the process from ending.
+    """
+    if not workers:
+        yield from map(function, tasks)
+        return
+    queue: SimpleQueue[tuple[Future[R], T] | None] = SimpleQueue()
+
+    def work() -> None:
+        while (job := queue.get()) is not None:
+            future, task = job
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(function(task))
+                except BaseException as error:
+                    future.set_exception(error)
+
+    for _ in range(workers):
+        Thread(target=work, name="reader", daemon=True).start()
+    ahead: deque[Future[R]] = deque()
+
+    def submit(some: Iterable[T]) -> None:
+        for task in some:
+            ahead.append(Future())
+            queue.put((ahead[-1], task))
+
+    try:
+        submit(islice(tasks, 2 * workers))
+        while ahead:
+            result = ahead.popleft().result()
+            submit(islice(tasks, 1))
+            yield result
+    finally:
+        for future in ahead:
+            future.cancel()
+        for _ in range(workers):
+            queue.put(None)
+
+
 _Layout = list[tuple[int, torch.dtype, tuple[int, ...]]]
 
 
@@ -101,111 +147,15 @@ def _unpack(flat: Tensor, layout: _Layout) -> list[Tensor]:
     ]
 
 
-class _Parcel(NamedTuple):
-    """What crosses the process border: one pixel buffer and its layout, for one tensor a chip would cost a file
-    descriptor a chip; fp32 [B, 2] of scale and decibels; int64 [B, 3] of label, position and sample id."""
-
-    flat: Tensor
-    layout: _Layout
-    rules: Tensor
-    numbers: Tensor
-    replaced: tuple[Replaced, ...]
-
-    def batch(self) -> Batch:
-        """The batch that was packed."""
-        scale, decibels = self.rules.unbind(1)
-        label, position, sample_id = self.numbers.unbind(1)
-        pixels = _unpack(self.flat, self.layout)
-        return Batch(pixels, scale, decibels, label, position, sample_id, self.replaced)
-
-
-class _MicroBatches(Dataset[_Parcel | DataError]):
-    """Micro-batch number → its parcel. A DataError is returned, not raised, so that its message stays readable."""
-
-    def __init__(self, reader: Reader, order: Mixture, place: tuple[int, int, int, int, int]) -> None:
-        self.reader, self.order, self.place = reader, order, place
-        self.remote = any(reader.catalog.store(source).remote for source in reader.catalog.sources)
-
-    def __getitem__(self, number: int) -> _Parcel | DataError:
-        global_batch, micro_batch, lanes, rank, world_size = self.place
-        step, piece = divmod(number, global_batch // world_size // micro_batch)
-        positions = rank_positions(step, global_batch, lanes, rank, world_size)
-        positions = positions[piece * micro_batch : (piece + 1) * micro_batch]
-        ids = self.order.sample_ids(positions)
-        replaced: list[Replaced] = []
-        try:
-            if self.remote:
-                self.reader.prefetch([*self.order.shards_at(positions), *self.order.shards_ahead(positions)])
-            samples = [self._read(p, i, replaced) for p, i in zip(positions.tolist(), ids.tolist(), strict=True)]
-        except DataError as error:
-            return error
-        used = {r.position: r.used for r in replaced}
-        flat, layout = _pack([s.pixels for s in samples])
-        rules = np.array([(s.scale, s.decibels) for s in samples], np.float32)
-        facts = [
-            (s.label, p, used.get(p, i)) for s, p, i in zip(samples, positions.tolist(), ids.tolist(), strict=True)
-        ]
-        numbers = np.array(facts, np.int64)
-        return _Parcel(flat, layout, torch.from_numpy(rules), torch.from_numpy(numbers), tuple(replaced))
-
-    def _read(self, position: int, sample_id: int, replaced: list[Replaced]) -> Sample:
-        """The sample, or the next valid one of its block; what was replaced is added to the list."""
-        try:
-            return self.reader[sample_id]
-        except CorruptSample as error:
-            reason = f"{error.what} ({error.where})"
-        for other in self.order.neighbours(position).tolist():
-            with suppress(CorruptSample):
-                sample = self.reader[other]
-                replaced.append(Replaced(position, sample_id, other, reason))
-                return sample
-        raise DataError(
-            f"no sample of a whole block can be read; the first: {reason}",
-            do="restore the shards or pack the source again, then resume",
-        )
-
-
-class _Numbers(Sampler[int]):
-    """Micro-batch numbers from `start` to `stop`, or without end."""
-
-    def __init__(self, start: int, stop: int | None) -> None:
-        self.start, self.stop = start, stop
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(count(self.start) if self.stop is None else range(self.start, self.stop))
-
-
-def _same(value: Any) -> Any:
-    return value
-
-
-@contextmanager
-def explained_deaths() -> Iterator[None]:
-    """Around everything that consumes a Stream: torch reports a killed loader process from wherever the caller is."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError(
-            f"a loader process ended unexpectedly: {error}",
-            do="this is mostly a lack of memory: lower data.workers or give the job more (also /dev/shm), then resume",
-        ) from error
-
-
-def _worker_signals(_: int) -> None:
-    """A worker must outlive the handlers of the run: the main process alone decides how a run stops."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 class Stream:
     """The micro-batches of one rank from `start` to `stop`, both in samples of the whole run (stop None: endless).
 
     Global step s covers positions [s·global_batch, (s+1)·global_batch); this rank's share of it arrives as
     global_batch / world_size / micro_batch micro-batches in rising position. Sources are mixed by `weights` (None: in
-    proportion to their samples), `block_shards` shards are shuffled together. Raises DataError before reading anything
-    when the numbers do not divide.
+    proportion to their samples), `block_shards` shards are shuffled together. `workers` threads read ahead (0: the
+    caller's own): pixels are stored as they are needed, so reading is mostly copying, which the threads of a process do
+    at once without handing pixels from process to process. Raises DataError before reading anything when the numbers do
+    not divide.
     """
 
     def __init__(
@@ -234,22 +184,44 @@ class Stream:
                 )
         self.reader = Reader(catalog)
         self.order = Mixture([(s.name, s.kept) for s in catalog.sources], weights, seed, lanes, block_shards)
-        self._dataset = _MicroBatches(self.reader, self.order, (global_batch, micro_batch, lanes, rank, world_size))
+        active = {s.name for s in catalog.sources if (s.samples if weights is None else weights[s.name])}
+        self.reader.expect(active, lanes // world_size * block_shards)
+        self._place = (global_batch, micro_batch, lanes, rank, world_size)
+        self._remote = any(catalog.store(source).remote for source in catalog.sources)
         self._workers = workers
         each = world_size * micro_batch
-        self._numbers = _Numbers(start // each, None if stop is None else stop // each)
+        self._numbers = count(start // each) if stop is None else range(start // each, stop // each)
 
     def __iter__(self) -> Iterator[Batch]:
-        loader = DataLoader(
-            self._dataset,
-            batch_size=None,
-            sampler=self._numbers,
-            num_workers=self._workers,
-            collate_fn=_same,
-            worker_init_fn=_worker_signals,
-            generator=torch.Generator(),  # else the loader draws its base seed from the global generator
+        return in_order(self.micro_batch, iter(self._numbers), self._workers)
+
+    def micro_batch(self, number: int) -> Batch:
+        """The number-th micro-batch of this rank since position 0. Raises DataError."""
+        global_batch, micro_batch, lanes, rank, world_size = self._place
+        step, piece = divmod(number, global_batch // world_size // micro_batch)
+        positions = rank_positions(step, global_batch, lanes, rank, world_size)
+        positions = positions[piece * micro_batch : (piece + 1) * micro_batch]
+        ids = self.order.sample_ids(positions)
+        if self._remote:
+            self.reader.prefetch([*self.order.shards_at(positions), *self.order.shards_ahead(positions)])
+        replaced: list[Replaced] = []
+        samples = [self._read(p, i, replaced) for p, i in zip(positions.tolist(), ids.tolist(), strict=True)]
+        for each in replaced:
+            ids[positions == each.position] = each.used
+        return replace(Batch.of(samples, torch.from_numpy(positions), torch.from_numpy(ids)), replaced=tuple(replaced))
+
+    def _read(self, position: int, sample_id: int, replaced: list[Replaced]) -> Sample:
+        """The sample, or the next valid one of its block; what was replaced is added to the list."""
+        try:
+            return self.reader[sample_id]
+        except CorruptSample as error:
+            reason = f"{error.what} ({error.where})"
+        for other in self.order.neighbours(position).tolist():
+            with suppress(CorruptSample):
+                sample = self.reader[other]
+                replaced.append(Replaced(position, sample_id, other, reason))
+                return sample
+        raise DataError(
+            f"no sample of a whole block can be read; the first: {reason}",
+            do="restore the shards or pack the source again, then resume",
         )
-        for parcel in loader:
-            if isinstance(parcel, DataError):
-                raise parcel
-            yield parcel.batch()

@@ -19,7 +19,7 @@ from foundation.evaluation.suite import RANDOM, evaluate
 from foundation.files import write_whole
 from foundation.interchange import load_encoder, random_encoder
 from foundation.training import checkpoint
-from foundation.training.data import cache, training_catalog
+from foundation.training.data import cache, ruled, training_catalog
 from foundation.training.mlflow_sink import MlflowSink
 from shards.audit import overlap
 from shards.catalog import Catalog
@@ -47,7 +47,9 @@ def evaluate_run(
     """
     encoder, config = load_encoder(path, device)
     state = checkpoint.load(path)
-    catalog, tested = (load_catalog(root, cache=cache(config.data)) for root in (data, test or data))
+    catalog, tested = (
+        ruled(load_catalog(root, cache=cache(config.data)), config.data, known=True) for root in (data, test or data)
+    )
     pictures = training_data(config)
     origin = {
         "weights": f"{state['position']:,} samples",

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from foundation.config import Config, DataConfig
+from foundation.config import Config, DataConfig, config_hash
 from foundation.errors import ConfigError, DataError, StorageError
 from foundation.training.engine import Engine
-from foundation.training.tracking import Tracker
 from shards.audit import refuse_overlap
 from shards.cache import Cache
 from shards.catalog import Amplitude, Catalog, load
@@ -38,24 +37,49 @@ def training_catalog(config: Config) -> Catalog:
             where="data.catalog",
             do="data.catalog=PATH; make one with `foundation shards pack` or `foundation shards synth`",
         )
-    learnt = load(*data.catalog, cache=cache(data)).select(data.splits)
-    learnt = learnt.with_amplitudes({n: Amplitude("run", a.scale, a.decibels) for n, a in data.amplitude.items()})
+    whole = ruled(load(*data.catalog, cache=cache(data)), data)
+    learnt = whole.select(data.splits)
     return learnt.filter(data.filter) if data.filter else learnt
 
 
-def open_data(config: Config) -> Catalog:
-    """The training data, after a check that no test split holds any of its images or scenes.
+def ruled(catalog: Catalog, data: DataConfig, *, known: bool = False) -> Catalog:
+    """A catalog under the run's amplitude rules; `known`: only those of sources it has. Raises DataError."""
+    names = {source.name for source in catalog.sources}
+    rules = {n: Amplitude("run", a.scale, a.decibels) for n, a in data.amplitude.items() if n in names or not known}
+    return catalog.with_amplitudes(rules)
 
-    Test splits are those of its own catalogs and of `data.held_out`. Raises ConfigError, and DataError for a catalog
-    that cannot be used or leaks.
+
+def open_data(config: Config, *, check: bool = True) -> Catalog:
+    """The training data, after a check (if `check`) that no test split holds any of its images or scenes.
+
+    Tested are the test splits of its own catalogs and of `data.held_out`, and all of a held-out catalog that has none.
+    Raises ConfigError, and DataError for a catalog that cannot be used or leaks.
     """
     data, learnt = config.data, training_catalog(config)
-    if data.overlap == "refuse":
+    if check and data.overlap == "refuse":
         for root in (*data.catalog, *data.held_out):
-            whole = load(root, cache=cache(data))
-            if any(source.split == "test" for source in whole.sources):
-                refuse_overlap(learnt, whole.select("test"))
+            tested = load(root, cache=cache(data))
+            has_test = any(source.split == "test" for source in tested.sources)
+            if has_test or root in data.held_out:
+                refuse_overlap(learnt, tested.select("test") if has_test else tested)
     return learnt
+
+
+def check_agreement(engine: Engine, catalog: Catalog, config: Config, position: int) -> None:
+    """Raise DataError unless all processes start from the same data, configuration and position.
+
+    Copies on the disks of the nodes may differ; each process would then learn its own mixture.
+    """
+    facts = f"{catalog.fingerprint} {config_hash(config)} {position}"
+    mine = int(hashlib.sha256(facts.encode()).hexdigest()[:8], 16)
+    # The smallest of several different numbers is below their mean, so at least one process stops the run.
+    if engine.sum_int(mine) != mine * engine.world_size:
+        raise DataError(
+            f"the processes do not agree: here data {catalog.fingerprint[:12]}, configuration {config_hash(config)}, "
+            f"position {position}",
+            where=f"rank {engine.rank} of {engine.world_size}",
+            do="give all nodes the same catalog, configuration and run folder",
+        )
 
 
 def micro_batch(config: Config, world_size: int) -> int:
@@ -114,24 +138,21 @@ def coverage(config: Config, catalog: Catalog) -> list[str]:
     return lines
 
 
-def report_replaced(config: Config, batches: Sequence[Batch], rank: int, tracker: Tracker) -> None:
-    """List the damaged samples of these batches in the run folder; raises DataError under data.corrupt=stop.
+def report_replaced(config: Config, batches: Sequence[Batch], rank: int) -> int:
+    """List the damaged samples of these batches in the run folder; returns how many.
 
-    Every process appends whole lines to one file, so none of its own is needed.
+    Every process appends whole lines to one file. Raises DataError under data.corrupt=stop.
     """
     found = [r for batch in batches for r in batch.replaced]
     if not found:
-        return
+        return 0
     if config.data.corrupt == "stop":
         raise DataError(found[0].reason, do="restore the shard and resume, or go on with data.corrupt=replace")
     path = config.run_folder / REPLACED
     try:
         with open(path, "ab", buffering=0) as file:
-            before = os.fstat(file.fileno()).st_size
             file.write("".join(json.dumps({"rank": rank, **r._asdict()}) + "\n" for r in found).encode())
     except OSError as error:
-        raise StorageError(
-            f"cannot be written: {error.strerror}", where=str(path), do="free space, then resume"
-        ) from error
-    if before == 0:
-        tracker.note(f"a damaged sample was replaced: {found[0].reason}; it and any more are listed in {path}")
+        what = f"cannot be written: {error.strerror}"
+        raise StorageError(what, where=str(path), do="free space, then resume") from error
+    return len(found)

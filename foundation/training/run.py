@@ -12,14 +12,21 @@ from torch import Tensor
 from foundation.config import Config
 from foundation.evaluation.panels import write_run_report
 from foundation.training import engine as engines
-from foundation.training.data import last_position, open_data, open_stream, report_replaced
+from foundation.training.data import (
+    REPLACED,
+    check_agreement,
+    last_position,
+    open_data,
+    open_stream,
+    report_replaced,
+)
 from foundation.training.meters import Throughput
 from foundation.training.setup import build_learner, describe, refuse_overwrite, restore, save, write_record
 from foundation.training.step import Learner, train_step
 from foundation.training.tracking import Status, Tracker, open_tracker
 from shards.addressed import bits
 from shards.catalog import Catalog
-from shards.stream import Batch, Stream, explained_deaths
+from shards.stream import Batch, Stream
 
 HASH_MASK = (1 << 48) - 1  # exact as a float64, which is what trackers keep
 
@@ -39,11 +46,12 @@ def train(config: Config, resume: bool = True) -> Path:
 
 
 def _train(config: Config, engine: engines.Engine, resume: bool) -> Path:
-    catalog = open_data(config)
+    catalog = open_data(config, check=engine.rank == 0)
     learner = build_learner(config, engine)
     folder = config.run_folder
     state, notes = restore(learner, catalog, folder) if resume else (None, refuse_overwrite(folder))
     position = state["position"] if state else 0
+    check_agreement(engine, catalog, config, position)
     record = write_record(learner, catalog) if engine.rank == 0 else []
     stream = open_stream(config, catalog, engine, position)
     tracker = open_tracker(config, rank=engine.rank, position=position, run_id=state["run_id"] if state else None)
@@ -55,8 +63,7 @@ def _train(config: Config, engine: engines.Engine, resume: bool) -> Path:
             tracker.note(line)
         if position >= last_position(config):
             tracker.note(f"already complete: {position:,} samples")
-        with explained_deaths():
-            loop(learner, catalog, stream, tracker, position)
+        loop(learner, catalog, stream, tracker, position)
         if engine.rank == 0:
             publish(folder, catalog, tracker)
         status = "FINISHED"
@@ -82,17 +89,20 @@ def loop(learner: Learner, catalog: Catalog, stream: Stream, tracker: Tracker, p
     """Consume the stream; the position advances after each update, and with it everything that is due."""
     config, engine = learner.config, learner.engine
     train, end = config.train, last_position(config)
-    meter = Throughput()
+    meter, replaced, told = Throughput(), 0, 0
     steps = whole_steps(stream, train.global_batch // engine.world_size)
     while position < end:
         with meter.waiting():
             batches = next(steps)
-        report_replaced(config, batches, engine.rank, tracker)
+        replaced += report_replaced(config, batches, engine.rank)
         values = train_step(learner, batches, position)
         position += train.global_batch
         meter.update(train.global_batch)
         finished = position >= end
         if finished or crossed(position, train.log_every, train.global_batch):
+            if (total := engine.sum_int(replaced)) > told:
+                tracker.note(f"{total} damaged samples were replaced so far; see {config.run_folder / REPLACED}")
+                told = total
             tracker.log(position, reduce_metrics(learner, values, position, batches) | meter.read())
         if finished or crossed(position, train.checkpoint_every, train.global_batch):
             save(learner, catalog, tracker.run_id, position)

@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -127,22 +126,6 @@ def test_a_shard_that_breaks_during_training_stops_the_run_with_its_name(
     assert f"DataError: {what}" in output
     assert f"where: {data}/chips-" in output
     assert {"cut": "restore the file or pack the source again", "missing": "complete the catalog"}[damage] in output
-    assert "Traceback" not in output
-
-
-def test_a_loader_process_that_is_killed_stops_the_run_with_a_message(
-    tiny_config: Make, tiny_yaml: Path, tmp_path: Path
-) -> None:
-    data = packed(tmp_path / "data", 1 << 30)
-    process = start("train", tiny_yaml, f"data.catalog={data}", "data.workers=2", *ENDLESS)
-    wait(process, lambda: position(tiny_config().run_folder) >= 16)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    code, output = finish(process)
-    assert code == 2, output
-    assert "DataError: a loader process ended unexpectedly: " in output
-    assert "killed by signal: Killed" in output
-    assert "lower data.workers" in output
     assert "Traceback" not in output
 
 

@@ -14,6 +14,7 @@ import pytest
 from foundation.config import from_dict
 from foundation.training.data import open_data
 from shards import audit
+from shards import catalog as catalogs
 from shards.audit_page import write_page
 from shards.catalog import Catalog
 from shards.errors import DataError
@@ -186,3 +187,13 @@ def test_the_page_of_a_clean_catalog_says_so_and_no_name_becomes_markup(tmp_path
     assert "&lt;script&gt;again" in page
     assert "&lt;i&gt;" in page
     assert not re.search("<script|<i>|<b>&", page)
+
+
+def test_a_copy_of_the_data_that_is_held_out_as_a_whole_is_a_leak(tmp_path: Path) -> None:
+    import shutil
+
+    learnt = pack(tmp_path / "a", [SourceSpec("learnt", split="train", records=chips(0))])
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    findings = audit.audit(learnt, [catalogs.load(tmp_path / "b")])
+    assert not findings.clean
+    assert findings.counts["test images that are learnt"] == 6
