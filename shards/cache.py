@@ -10,22 +10,24 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 from shards.errors import DataError
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+_HEX = "[0-9a-f]" * 16
+OURS = f"{_HEX}/{_HEX}-*"  # the names of a cache; whatever else lies in its folder is never touched
 PART = ".part"  # a file being written: locked by its writer, as large as it will be; unlocked, its writer is dead
 
 
 @dataclass(frozen=True)
 class Cache:
-    """Files under `folder`, at most `limit_bytes` together; the least recently used ones go first. Picklable.
+    """Files in `folder`/foundation-shards, at most `limit_bytes` together; the least recently used go first. Picklable.
 
     A file appears under its name complete or not at all. One that is deleted while somebody reads it stays readable
-    through the open descriptor. `folder` has to be on a file system with working flock: a disk of the node.
+    through the open descriptor, and occupies the disk as long. `folder` has to be on a file system with working flock:
+    a disk of the node.
     """
 
     folder: Path
@@ -34,9 +36,14 @@ class Cache:
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder).absolute())
 
+    @property
+    def place(self) -> Path:
+        """The folder of the cache's own that `folder` may share with anything else."""
+        return self.folder / "foundation-shards"
+
     def path(self, root: str, name: str, sha256: str) -> Path:
         """Where the file `name` of the catalog at `root` is kept; its hash tells apart what changes under one name."""
-        return Path(f"{self.folder}/{_digest(root)}/{sha256[:16]}-{name.rpartition('/')[2]}")
+        return Path(f"{self.place}/{_digest(root)}/{_digest(sha256)}-{name.rpartition('/')[2]}")
 
     def hit(self, path: Path, size: int) -> bool:
         """Whether the complete file is there, and note its use. Costs a stat and a utime."""
@@ -49,11 +56,14 @@ class Cache:
         return True
 
     @contextmanager
-    def writing(self, path: Path, size: int, idle: Callable[[object], None]) -> Iterator[BinaryIO | None]:
+    def writing(
+        self, path: Path, size: int, idle: Callable[[object], None], *, again: bool = False
+    ) -> Iterator[BinaryIO | None]:
         """A file to write the `size` bytes of `path` into; it takes its name when the block ends without an exception.
 
-        None when another process has brought it meanwhile. `idle(sign)` is called to wait, with a value that changes
-        while others make progress; what it raises ends the wait. Raises DataError: no room, folder not usable.
+        None when another process has brought it meanwhile, unless it is wanted `again`. `idle(sign)` is called to wait,
+        with a value that changes while others make progress; what it raises ends the wait. Raises DataError: no room,
+        folder not usable.
         """
         if size > self.limit_bytes:
             raise DataError(
@@ -67,7 +77,7 @@ class Cache:
             while (descriptor := _own(part)) is None:
                 idle(_sign(part))
             try:
-                if self.hit(path, size):
+                if not again and self.hit(path, size):
                     part.unlink()
                     yield None
                     return
@@ -90,7 +100,7 @@ class Cache:
         """Give the file of `descriptor` its size once there is room for it, so that others count with it."""
         os.ftruncate(descriptor, 0)  # whatever a dead writer left
         while True:
-            gate = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            gate = os.open(self.place / "lock", os.O_RDWR | os.O_CREAT, 0o666)
             try:
                 fcntl.flock(gate, fcntl.LOCK_EX)
                 if (sign := self._make_room(size)) is None:
@@ -106,7 +116,7 @@ class Cache:
         kept: list[tuple[int, int, Path]] = []
         used = owed = 0  # owed: what the file system has still to find for files being written
         signs = []
-        for path in self.folder.glob("*/*"):
+        for path in self.place.glob(OURS):
             with suppress(FileNotFoundError):
                 stat = path.stat()
                 if path.suffix != PART:
@@ -120,15 +130,19 @@ class Cache:
                     owed += max(stat.st_size - 512 * stat.st_blocks, 0)
                     signs.append((path.name, stat.st_mtime_ns))
                 used += stat.st_size
-        free = shutil.disk_usage(self.folder).free - owed
         for _, bytes_, path in sorted(kept):
-            if used + size <= self.limit_bytes and size <= free:
+            if used + size <= self.limit_bytes and size <= self._free() - owed:
                 break
             path.unlink(missing_ok=True)
-            used, free = used - bytes_, free + bytes_
+            used -= bytes_
+        free = self._free() - owed
         if size > free:
             raise OSError(errno.ENOSPC, f"{max(free, 0):,} bytes free")
         return sorted(signs) if used + size > self.limit_bytes else None
+
+    def _free(self) -> int:
+        """Bytes; asked after each deletion, since a file that somebody has open gives none back."""
+        return shutil.disk_usage(self.place).free
 
     def _explained(self, error: OSError, size: int) -> DataError:
         if error.errno in FULL:
@@ -141,9 +155,8 @@ class Cache:
         return DataError(what, where=str(self.folder), do=do)
 
 
-@lru_cache
-def _digest(root: str) -> str:
-    return hashlib.sha256(root.encode()).hexdigest()[:16]
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _own(part: Path, *, create: bool = True) -> int | None:

@@ -211,24 +211,21 @@ class Catalog:
         found: list[str] = []
         for source in self.sources:
             store = self.store(source)
-            files = [(source.metadata.name, source.metadata.bytes, source.metadata.sha256)]
             for shard in source.shards:
-                path = store.fetch(shard.name, shard.bytes, shard.sha256)
-                if _sha256(path) != shard.sha256:
-                    found.append(f"shard {shard.name} has changed: its sha256 is not the packed one")
-                    continue
                 index = indexes.path_of(Path(shard.name)).name
-                files.append((index, shard.index_bytes, shard.index_sha256))
-                rows = indexes.read(store.fetch(index, shard.index_bytes, shard.index_sha256))
-                if not np.array_equal(rows, indexes.build(path, source.classes)):
+                tar = store.fetch(shard.name, shard.bytes, shard.sha256, again=True)
+                sidecar = store.fetch(index, shard.index_bytes, shard.index_sha256, again=True)
+                if _sha256(tar) != shard.sha256:
+                    found.append(f"shard {shard.name} has changed: its sha256 is not the packed one")
+                elif not np.array_equal(indexes.read(sidecar), indexes.build(tar, source.classes)):
                     found.append(f"index of {shard.name} disagrees with its shard (rebuild it)")
+                elif _sha256(sidecar) != shard.index_sha256:
+                    found.append(f"index {index} has changed: its sha256 is not the packed one (rebuild it)")
                 if progress:
                     progress(shard.samples)
-            found += [
-                f"{f[0]} has changed: its sha256 is not the packed one"
-                for f in files
-                if _sha256(store.fetch(*f)) != f[2]
-            ]
+            file = source.metadata
+            if _sha256(store.fetch(file.name, file.bytes, file.sha256, again=True)) != file.sha256:
+                found.append(f"{file.name} has changed: its sha256 is not the packed one")
         self._refuse(found)
 
     def _know(self, names: set[str]) -> None:

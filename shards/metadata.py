@@ -88,5 +88,4 @@ def read(path: Path, source: Source, columns: Sequence[str] | None = None) -> pa
     """These columns (or all) of all samples of a source, in shard order; see `groups`."""
     import pyarrow as pa
 
-    names = schema().names if columns is None else list(columns)
-    return pa.concat_tables([pa.table([], pa.schema([schema().field(n) for n in names])), *groups(path, source, names)])
+    return pa.concat_tables(groups(path, source, schema().names if columns is None else columns))

@@ -11,8 +11,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import chain, islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -31,6 +33,8 @@ PACKAGES = {
 PIECE, TOGETHER = 8 << 20, 8  # bytes of one request, and how many are under way for one file
 WRONG_BYTES = 3  # how often a file may arrive with other bytes than expected
 PREFETCH_DEPTH, PREFETCH_THREADS = 32, 2
+PREFETCH_TRUST = 60.0  # seconds for which a file that was fetched counts as there
+ROUNDS = 8  # how often other processes may take a file away before it could be opened
 log = logging.getLogger(__name__)
 _filesystems: dict[tuple[object, ...], Any] = {}
 _jitter = random.SystemRandom()  # forked children must not wait in step
@@ -132,37 +136,51 @@ class Store:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prefetcher": None}
 
-    def fetch(self, name: str, size: int, sha256: str) -> Path:
+    def fetch(self, name: str, size: int, sha256: str, *, again: bool = False) -> Path:
         """A complete local file with these bytes; of a local root the file itself, unchecked.
 
+        `again`: from the server even if it is in the cache, whose copy is replaced once the new one is complete.
         Another process may need the room for other files: open it at once, or use `open`. Raises DataError.
         """
         if not self.remote:
             return Path(self.root) / _inside(name)
         if self.cache is None:
-            raise DataError("a remote catalog needs a cache", where=self._where(name), do="name a folder of the node")
+            raise DataError("a remote catalog needs a cache", where=self.where(name), do="name a folder of the node")
         path = self.cache.path(self._key, name, sha256)
-        if self.cache.hit(path, size):
+        if not again and self.cache.hit(path, size):
             return path
-        attempts = _Attempts(self.retry, self._where(name))
-        with self.cache.writing(path, size, attempts.idle) as file:
+        attempts = _Attempts(self.retry, self.where(name))
+        with self.cache.writing(path, size, attempts.idle, again=again) as file:
             if file is not None:
                 self._download(file, Entry(_inside(name), size, sha256), attempts)
         return path
 
     def open(self, name: str, size: int, sha256: str) -> BinaryIO:
         """The file of `fetch`, unbuffered, open before anybody can delete it from the cache."""
-        while True:
+        for _ in range(ROUNDS):
             path = self.fetch(name, size, sha256)
             try:
                 return open(path, "rb", buffering=0)
             except FileNotFoundError:
                 if not self.remote:
                     raise DataError("no such file", where=str(path), do="complete the catalog") from None
+        raise DataError(
+            f"other processes took it out of the cache {ROUNDS} times before it could be opened",
+            where=self.where(name),
+            do="give the cache more room",
+        )
+
+    def drop(self, name: str, size: int, sha256: str, seen: os.stat_result) -> None:
+        """Take a damaged file out of the cache, unless the one there is no longer the one that was `seen`."""
+        if self.remote and self.cache is not None:
+            path = self.cache.path(self._key, name, sha256)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), seen):
+                    path.unlink()
 
     def read(self, name: str) -> bytes:
         """The bytes of a small file, not cached. Raises DataError."""
-        attempts = _Attempts(self.retry, self._where(name))
+        attempts = _Attempts(self.retry, self.where(name))
         fs, base = filesystem(self.root, self.retry)
         path = _join(base, _inside(name))
         while True:
@@ -172,7 +190,10 @@ class Store:
                 attempts.failed(error, final=not self.remote)
 
     def prefetch(self, items: Iterable[tuple[str, int, str]]) -> None:
-        """Begin to fetch in the background, as far as there is room to remember; errors are left to `fetch`."""
+        """Begin to fetch in the background, the first ones first; errors are left to `fetch`.
+
+        Cheap to call again and again: of what was not fetched lately, a bounded number is remembered.
+        """
         if not self.remote or self.cache is None:
             return
         if self._prefetcher is None or self._prefetcher.process != os.getpid():
@@ -180,7 +201,8 @@ class Store:
             self._prefetcher = _Prefetcher(self.fetch)
         self._prefetcher.add(Entry(*item) for item in items)
 
-    def _where(self, name: str) -> str:
+    def where(self, name: str) -> str:
+        """The path or URL of a file, for messages: without secrets."""
         return _join(redact(self.root.rstrip("/")), name)
 
     def _download(self, file: BinaryIO, item: Entry, attempts: _Attempts) -> None:
@@ -348,15 +370,17 @@ class _Prefetcher:
         self.lock = threading.Lock()
         self.waiting: deque[Entry] = deque()
         self.busy: set[Entry] = set()
+        self.known: set[Entry] = set()  # tried lately
+        self.until = 0.0  # when that is forgotten, since other processes delete files
         self.threads = 0
 
     def add(self, items: Iterable[Entry]) -> None:
         with self.lock:
-            for item in items:
-                if len(self.waiting) == PREFETCH_DEPTH:
-                    break
-                if item not in self.busy and item not in self.waiting:
-                    self.waiting.append(item)
+            if time.monotonic() > self.until:
+                self.known, self.until = self.busy.copy(), time.monotonic() + PREFETCH_TRUST
+            # What is asked for now is needed before what was asked for earlier and still waits.
+            wanted = dict.fromkeys(item for item in chain(items, self.waiting) if item not in self.known)
+            self.waiting = deque(islice(wanted, PREFETCH_DEPTH))
             start = min(PREFETCH_THREADS - self.threads, len(self.waiting))
             self.threads += start
         for _ in range(start):
@@ -369,6 +393,7 @@ class _Prefetcher:
                     self.threads -= 1
                     return
                 item = self.waiting.popleft()
+                self.known.add(item)
                 self.busy.add(item)
             try:
                 self.fetch(*item)

@@ -33,7 +33,7 @@ def item(name: str, data: bytes | None = None) -> tuple[str, int, str]:
 
 def kept(cache: Cache) -> set[str]:
     """Names in the cache, without hashes."""
-    return {path.name.partition("-")[2] for path in cache.folder.glob("*/*")}
+    return {path.name.partition("-")[2] for path in cache.place.glob("*/*")}
 
 
 def until(condition: Callable[[], object]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def _train(config: Config, engine: engines.Engine, resume: bool) -> Path:
     try:
         for file in record:
             tracker.artifact(file)
-        for line in [*notes, *describe(learner, catalog)]:
+        advice = stream.reader.advice(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        for line in [*notes, *describe(learner, catalog), *([advice] if advice else [])]:
             tracker.note(line)
         if position >= last_position(config):
             tracker.note(f"already complete: {position:,} samples")

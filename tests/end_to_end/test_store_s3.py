@@ -109,7 +109,7 @@ def test_what_no_retry_can_cure_fails_at_once(server: ObjectServer, store: Store
         assert len(server.gets()) == 1
     with pytest.raises(DataError, match=r"changed on the server: [\s\S]*load the catalog again"):
         store.fetch("0.tar", len(DATA["0.tar"]) + 1, "0" * 64)
-    assert list(Path(store.cache.folder).glob("*/*")) == []  # type: ignore[union-attr]
+    assert list(store.cache.place.glob("*/*")) == []  # type: ignore[union-attr]
 
 
 def test_missing_credentials_are_named(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

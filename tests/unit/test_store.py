@@ -122,6 +122,26 @@ def test_a_remote_catalog_without_a_cache_is_refused() -> None:
         Store("memory://bucket").fetch("a.tar", 1, "")
 
 
+def test_a_file_is_fetched_again_on_demand_and_only_a_good_one_replaces_it(server: ObjectServer, store: Store) -> None:
+    path = store.fetch(*item("0.tar"))
+    path.write_bytes(bytes(len(DATA["0.tar"])))
+    assert store.fetch(*item("0.tar")).read_bytes() != DATA["0.tar"]
+    assert store.fetch(*item("0.tar"), again=True).read_bytes() == DATA["0.tar"]
+    assert len(server.gets("0.tar")) == 2
+    server.always = "other"
+    with pytest.raises(DataError, match="changed on the server"):
+        store.fetch(*item("0.tar"), again=True)
+    assert path.read_bytes() == DATA["0.tar"]
+
+
+def test_a_file_that_others_take_away_again_and_again_is_given_up(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "fetch", lambda *_: tmp_path / "gone")
+    with pytest.raises(DataError, match=r"8 times before it could be opened[\s\S]*0.tar[\s\S]*more room"):
+        store.open(*item("0.tar"))
+
+
 # ---- bad servers
 
 
@@ -282,7 +302,7 @@ from shards.cache import Cache
 from shards.store import Store
 store = Store("{server.url}/c", Cache(Path("{tmp_path}"), 10**6))
 store.prefetch([{item("0.tar")}])
-while not any(any(part.read_bytes()) for part in store.cache.folder.glob("*/*.part")):
+while not any(any(part.read_bytes()) for part in store.cache.place.glob("*/*.part")):
     time.sleep(0.01)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

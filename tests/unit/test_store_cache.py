@@ -16,7 +16,7 @@ import pytest
 from object_store import DATA, FORK, HASTY, STEADY, ObjectServer, fetch_all, item, kept, until
 
 from shards import store as module
-from shards.cache import Cache
+from shards.cache import OURS, Cache
 from shards.errors import DataError
 from shards.store import Retry, Store
 
@@ -83,7 +83,7 @@ def test_a_process_killed_in_the_middle_leaves_nothing_that_harms(server: Object
     process = FORK.Process(target=fetch_all, args=(slow, ["0.tar"], FORK.Queue()))
     process.start()
     assert store.cache
-    until(lambda: len(server.gets()) == 1 and list(store.cache.folder.glob("*/*.part")))  # type: ignore[union-attr]
+    until(lambda: len(server.gets()) == 1 and list(store.cache.place.glob("*/*.part")))  # type: ignore[union-attr]
     os.kill(process.pid or 0, signal.SIGKILL)
     process.join()
     assert kept(store.cache) == {"0.tar.part"}
@@ -168,9 +168,49 @@ def test_what_is_being_written_counts_and_is_never_evicted(cache: Cache) -> None
     assert kept(small) == {"b"}
 
 
+def test_what_is_not_the_caches_own_is_never_touched(cache: Cache) -> None:
+    small = Cache(cache.folder, 25)
+    put(small, "a", 10)
+    own = next(small.place.glob("*/*-a")).parent
+    foreign = [cache.folder / "results" / "best.pt", small.place / "notes" / "x", own / "y.txt", own / "z.part"]
+    for path in foreign:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x" * 100)
+        os.utime(path, (0, 0))
+    for name in "bcd":
+        put(small, name, 20)
+    assert all(path.stat().st_size == 100 for path in foreign)
+    assert [path.name[17:] for path in own.iterdir() if path not in foreign] == ["d"]
+
+
+@pytest.mark.parametrize("sha256", ["../../../../x", "/etc", ""])
+def test_no_hash_leads_out_of_the_cache(cache: Cache, sha256: str) -> None:
+    path = cache.path("root", "a", sha256)
+    assert path.resolve() == path
+    assert path.match(f"{cache.place}/{OURS}")
+
+
+def test_room_that_an_open_file_still_occupies_is_not_counted_as_free(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disk(_: object) -> Any:
+        paths = [path for path in cache.place.glob("*/*") if path.suffix != ".part"]
+        in_use = sum(path.stat().st_size for path in paths) + 10 * (not held.exists())
+        return type("Usage", (), {"free": 35 - in_use})
+
+    held = put(cache, "a", 10)
+    for name in "bc":
+        time.sleep(0.01)
+        put(cache, name, 10)
+    with held.open("rb"):
+        monkeypatch.setattr("shards.cache.shutil.disk_usage", disk)
+        put(cache, "d", 10)
+    assert kept(cache) == {"c", "d"}
+
+
 def test_what_dead_writers_left_is_removed(cache: Cache) -> None:
     put(cache, "a", 10)
-    left = next(cache.folder.glob("*/*-a")).with_name("0000-b.part")
+    left = next(cache.place.glob("*/*-a")).with_name("0123456789abcdef-b.part")
     left.write_bytes(b"x" * 10)
     put(Cache(cache.folder, 20), "c", 10)
     assert kept(cache) == {"a", "c"}
