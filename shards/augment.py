@@ -81,6 +81,15 @@ def resize_center(batch: Batch, size: int, crop: int | None = None) -> Tensor:
     return _resample(batch, boxes, torch.zeros(len(full), dtype=torch.bool, device=full.device), size)
 
 
+def values(amplitudes: Tensor, scale: Tensor, decibels: Tensor) -> Tensor:
+    """Amplitudes fp32 [G, C, H, W] → values in [0, 1] by the rules [G] of a Batch; overwrites its input."""
+    images = amplitudes.div_(scale.float()[:, None, None, None]).clamp_(0, 1)
+    if not decibels.is_cuda and not decibels.any():  # asking a GPU would wait for it
+        return images
+    span = decibels.float()[:, None, None, None]
+    return torch.where(span == 0, images, (1 + 20 * images.log10() / span).clamp_(min=0))
+
+
 def _sizes(batch: Batch) -> Tensor:
     """Height and width of every image, fp64 [B, 2]."""
     return torch.tensor([p.shape[-2:] for p in batch.pixels], dtype=torch.float64, device=batch.position.device)
@@ -109,9 +118,9 @@ def _resample(batch: Batch, boxes: Tensor, flip: Tensor, size: int, contrast: Te
             across = _taps(left, run, flip[members], size, padded[1])
             for part in (slice(first, first + chunk) for first in range(0, len(group), chunk)):
                 rows = members[part]
-                values = _stack([batch.pixels[i] for i in group[part]], padded)
-                values = _mapped(values, batch.scale[rows], batch.decibels[rows])
-                images = apply(apply(values.mT, *(t[part] for t in across)).mT, *(t[part] for t in down)).clamp_(0, 1)
+                stack = _stack([batch.pixels[i] for i in group[part]], padded)
+                stack = values(stack, batch.scale[rows], batch.decibels[rows])
+                images = apply(apply(stack.mT, *(t[part] for t in across)).mT, *(t[part] for t in down)).clamp_(0, 1)
                 if contrast is not None:
                     factor, mean = contrast[rows], images.mean(dim=(1, 2, 3), keepdim=True)
                     images.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
@@ -127,15 +136,6 @@ def _stack(pixels: list[Tensor], padded: tuple[int, int]) -> Tensor:
     for image, p in zip(images, pixels, strict=True):
         image[:, : p.shape[-2], : p.shape[-1]] = p
     return images
-
-
-def _mapped(amplitudes: Tensor, scale: Tensor, decibels: Tensor) -> Tensor:
-    """Amplitudes fp32 [G, C, H, W] → values in [0, 1] as `Batch` defines them; overwrites its input."""
-    images = amplitudes.div_(scale.float()[:, None, None, None]).clamp_(0, 1)
-    if not decibels.is_cuda and not decibels.any():  # asking a GPU would wait for it
-        return images
-    span = decibels.float()[:, None, None, None]
-    return torch.where(span == 0, images, (1 + 20 * images.log10() / span).clamp_(min=0))
 
 
 def _taps(start: Tensor, length: Tensor, flip: Tensor, size: int, padded: int) -> tuple[Tensor, Tensor]:

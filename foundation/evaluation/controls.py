@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from foundation.evaluation.features import Listing
+from shards.augment import values
 
 CORNER = 40 / 128
 NUMBERS = (
@@ -54,9 +55,9 @@ def listing_background(samples: Listing, crop: int | None = None) -> Tensor:
     The crop is skipped along an axis that is not longer than it.
     """
     return background_features(
-        centre(pixels.float() / scale, crop)
+        centre(values(pixels.float()[None], scale[None], decibels[None])[0], crop)
         for part in samples.batches(64)
-        for pixels, scale in zip(part.pixels, part.scale, strict=True)
+        for pixels, scale, decibels in zip(part.pixels, part.scale, part.decibels, strict=True)
     )
 
 
