@@ -68,7 +68,9 @@ class DataConfig(Section):
         default=("pretrain", "train"), min_length=1, description="splits of the catalog to learn from"
     )
     filter: str | None = Field(
-        default=None, min_length=1, description="only samples for which this holds, e.g. band == 'X' and spacing < 1"
+        default=None,
+        min_length=1,
+        description="only samples for which this holds, e.g. band == 'X' and polarisation == 'HH'",
     )
     weights: dict[str, Annotated[float, Field(ge=0)]] = Field(
         default={}, description="share of each source in the stream, relative; empty: in proportion to their samples"
@@ -320,7 +322,7 @@ def from_dict(tree: Mapping[str, Any], where: str = "the configuration", earlier
     except ValidationError as error:
         problems += field_problems(error, known_paths(Config))
         # What remains is valid key by key, so the checks between keys can still run on it.
-        config = Config.model_validate(without_errors(tree, error), context=conflicts)
+        config = Config.model_validate(without_errors(tree, error, known_paths(Config)), context=conflicts)
     problems += [conflict for conflict in conflicts if not conflict.follows_from(problems)]
     if problems:
         raise summary(problems, where)

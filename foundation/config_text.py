@@ -163,23 +163,43 @@ def field_problems(error: ValidationError, known: Mapping[str, FieldInfo]) -> It
             yield Problem(path, item["input"], "no such key", suggestion(path, list(known)))
         elif item["type"] == "value_error":
             yield Problem(path, item["input"], str(item["ctx"]["error"]))
-        else:  # an item of a list is described by its list, the nearest known path above it
-            field = next(known[p] for n in range(len(keys), 0, -1) if (p := ".".join(keys[:n])) in known)
-            yield Problem(path, item["input"], allowed(field))
+        elif item["type"] == "missing":  # of a named section: every other key has a default
+            text = f"needs {keys[-1]}, a {allowed(_field(keys, known))}"
+            yield Problem(".".join(keys[:-1]), item["input"], text)
+        else:
+            yield Problem(path, item["input"], allowed(_field(keys, known)))
 
 
-def without_errors(tree: Mapping[str, Any], error: ValidationError) -> dict[str, Any]:
-    """A copy of the tree in which every key that pydantic refused is left out, so that its default stands."""
+def _above(keys: Sequence[str], known: Mapping[str, FieldInfo]) -> int:
+    """How many of the keys make up the nearest known path: an item of a list is described by its list."""
+    return next((n for n in range(len(keys), 0, -1) if ".".join(keys[:n]) in known), len(keys) - 1)
 
-    def without(branch: Mapping[str, Any], keys: Sequence[int | str]) -> dict[str, Any]:
-        head, inner = str(keys[0]), branch.get(str(keys[0]))
+
+def _field(keys: Sequence[str], known: Mapping[str, FieldInfo]) -> FieldInfo:
+    """The field of the nearest known path, or of a key of a named section (`data.amplitude.NAME.scale`)."""
+    n = _above(keys, known)
+    field = known[".".join(keys[:n])]
+    inner = get_args(field.annotation)[1:]
+    named = get_origin(field.annotation) is dict and isinstance(inner[0], type) and issubclass(inner[0], BaseModel)
+    return inner[0].model_fields.get(keys[-1], field) if named and len(keys) == n + 2 else field
+
+
+def without_errors(tree: Mapping[str, Any], error: ValidationError, known: Mapping[str, FieldInfo]) -> dict[str, Any]:
+    """A copy of the tree without every key that pydantic refused, so that its default stands.
+
+    An entry of a `known` key with names of the user's goes as a whole: what is left of it may lack what has no default.
+    """
+
+    def without(branch: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+        head, inner = keys[0], branch.get(keys[0])
         if len(keys) > 1 and isinstance(inner, Mapping):
             return {**branch, head: without(inner, keys[1:])}
         return {key: value for key, value in branch.items() if key != head}
 
     rest = dict(tree)
     for item in error.errors():
-        rest = without(rest, item["loc"])
+        keys = [str(key) for key in item["loc"]]
+        rest = without(rest, keys[: _above(keys, known) + 1])
     return rest
 
 

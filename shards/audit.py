@@ -10,7 +10,6 @@ across kinds.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,12 +20,12 @@ import numpy as np
 from shards import likeness
 from shards.catalog import Catalog, Source
 from shards.errors import DataError
-from shards.schema import COLUMNS
+from shards.rejections import REJECTED, reasons
+from shards.schema import COLUMNS, Rejected
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-REJECTED = "rejected.jsonl"  # of shards.pack, which stands beside the catalog
 LISTED = 1000  # of each finding so many are listed; counts are of all
 _PRODUCT_NAME = 24
 
@@ -141,15 +140,18 @@ def shared_scenes(learnt: Catalog, tested: Catalog) -> list[SharedScene]:
 
 def refuse_overlap(learnt: Catalog, tested: Catalog) -> None:
     """Raise DataError when an image to learn from is also a test image, or comes from the scene of one."""
-    images, scenes = overlap(learnt, tested), [str(scene) for scene in shared_scenes(learnt, tested)]
+    images, shared = overlap(learnt, tested), shared_scenes(learnt, tested)
+    scenes = [str(scene) for scene in shared]
     found = {"images": images, "scenes": scenes}
     if images or scenes:
         what = [f"{len(names)} {kind} to learn from are also test {kind}" for kind, names in found.items() if names]
         names = [*images[:3], *scenes[:3]]
+        source = images[0].partition(":")[0] if images else next(iter(shared[0].learnt))
         raise DataError(
             "; ".join(what),
             where="; ".join(names) + ("; ..." if len(names) < len(images) + len(scenes) else ""),
-            do="leave them out of one side (by a filter, or pack it again); scores on what was learnt mean nothing",
+            do=f"leave them out, e.g. data.filter=\"source != '{source}'\", or accept it with data.overlap=allow; "
+            "scores on what was learnt mean nothing",
         )
 
 
@@ -181,7 +183,7 @@ def audit(catalog: Catalog, against: Sequence[Catalog] = (), *, near: bool = Tru
         "test scenes that are learnt": len(scenes),
     }
     return Findings(
-        sources=tuple(_facts(catalog)),
+        sources=tuple(facts(catalog)),
         counts=counts,
         exact=tuple(tuple(rows.places(group)) for group in groups[:LISTED]),
         near=rows.pairs((first[i], first[j], d) for i, j, d in found[:LISTED]),
@@ -287,7 +289,8 @@ def _shared(learnt: Mapping[str, Counter[str]], tested: Mapping[str, Counter[str
     return [SharedScene(s, dict(learnt[s]), dict(tested[s])) for s in sorted(learnt.keys() & tested.keys())]
 
 
-def _facts(catalog: Catalog) -> Iterable[SourceFacts]:
+def facts(catalog: Catalog) -> Iterable[SourceFacts]:
+    """The sources of a catalog in numbers, from its metadata."""
     refused = _rejected(catalog)
     for source in catalog.sources:
         table = catalog.table([*COLUMNS, "class"], source)
@@ -327,11 +330,11 @@ def _rejected(catalog: Catalog) -> dict[tuple[str, str], Counter[str]]:
             continue
         for line in filter(None, text.splitlines()):
             value = json.loads(line)
-            reason = re.sub(r"\d[\d.,]*(?<![.,])", "#", value["reason"])
             if (source.root, value["source"]) in found:
-                found[source.root, value["source"]][f"{value['kind']}: {reason}"] += 1
+                left_out = Rejected(value["file"], value["kind"], value["reason"])
+                found[source.root, value["source"]].update(reasons([left_out]))
     for one in some:
-        reasons = found[one.root, one.name]
-        if not reasons:
-            reasons.update({kind: count for kind, count in one.statistics["rejected"].items() if count})
+        counts = found[one.root, one.name]
+        if not counts:
+            counts.update({kind: count for kind, count in one.statistics["rejected"].items() if count})
     return found

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from shards.addressed import permutation
-from shards.audit import Findings, Pair
+from shards.audit import Findings, Pair, SourceFacts, facts
 from shards.catalog import Catalog, Source
-from shards.inspect import source_sheet, summary, thumbnail, values
+from shards.inspect import readable, source_sheet, summary, thumbnail, values
 from shards.reader import Reader
 
 SHOWN = 12  # of each finding so many have their pictures side by side; the others are named
@@ -28,7 +28,7 @@ _CHIPS = 128  # of a source that its histogram is drawn from
 def write_page(findings: Findings, catalog: Catalog, path: Path | str, against: Sequence[Catalog] = ()) -> Path:
     """Write the page of `audit(catalog, against)`; returns its path. Reads the pixels of what it shows, and no more.
 
-    Raises DataError when a shard cannot be read.
+    Damaged samples are shown as such. Raises DataError when a shard cannot be read.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -42,7 +42,8 @@ def write_page(findings: Findings, catalog: Catalog, path: Path | str, against: 
         catalog=catalog,
         against=against,
         summary=summary(catalog),
-        sources=list(_sources(findings, catalog, readers[0])),
+        sources=list(_sources(findings.sources, catalog, readers[0])),
+        tested=[list(_sources(facts(one), one, reader)) for one, reader in zip(against, readers[1:], strict=True)],
         leaked=_shown(findings.leaked, readers),
         leaked_near=_shown(findings.leaked_near, readers),
         exact=_shown(exact, readers),
@@ -62,7 +63,7 @@ def _shown(pairs: Sequence[Pair], readers: Sequence[Reader]) -> list[dict[str, A
         {
             "pair": pair,
             "pictures": [
-                (place, _uri(thumbnail(readers[place.catalog][place.number], _SIDE)))
+                (place, _uri(thumbnail(readable(readers[place.catalog], place.number), _SIDE)))
                 for place in (pair.first, pair.second)
             ],
         }
@@ -70,15 +71,15 @@ def _shown(pairs: Sequence[Pair], readers: Sequence[Reader]) -> list[dict[str, A
     ]
 
 
-def _sources(findings: Findings, catalog: Catalog, reader: Reader) -> Iterable[Mapping[str, Any]]:
+def _sources(found: Iterable[SourceFacts], catalog: Catalog, reader: Reader) -> Iterable[Mapping[str, Any]]:
     """What the page shows of each source: its facts, amplitude histogram and contact sheet."""
     first = 0
-    for facts, source in zip(findings.sources, catalog.sources, strict=True):
+    for one, source in zip(found, catalog.sources, strict=True):
         yield {
-            "facts": facts,
+            "facts": one,
             "source": source,
-            "known": {name: column for name, column in facts.columns.items() if column.filled},
-            "unknown": [name for name, column in facts.columns.items() if not column.filled],
+            "known": {name: column for name, column in one.columns.items() if column.filled},
+            "unknown": [name for name, column in one.columns.items() if not column.filled],
             "histogram": _histogram(reader, source, first),
             "sheet": _uri(source_sheet(reader, source, first, columns=10)),
         }
@@ -92,11 +93,11 @@ def _histogram(reader: Reader, source: Source, first: int) -> str:
 
     order = permutation(0, "histogram", torch.zeros(1, dtype=torch.int64), source.samples)[0, :_CHIPS]
     counts, zero, full = np.zeros(_BINS), 0, 0
-    for number in order.tolist():
-        found = values(reader[first + number])
+    for sample in filter(None, (readable(reader, first + number) for number in order.tolist())):
+        found = values(sample)
         counts += np.histogram(found, _BINS, (0, 1))[0]
         zero, full = zero + int((found <= 0).sum()), full + int((found >= 1).sum())
-    total = counts.sum()
+    total = max(counts.sum(), 1)
     figure = Figure((4.6, 2.1), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -140,26 +140,26 @@ class Catalog:
         Reads the metadata files only. A sample that does not know a column the text names is left out. Sources without
         a single such sample drop out; raises DataError when nothing is left.
         """
-        from shards.filters import compile_filter
+        from shards.filters import compile_filter, unknown_columns
         from shards.schema import COLUMNS
 
         known = {name: kind for name, (kind, _) in COLUMNS.items()} | {"class": str, "height": int, "width": int}
         expression = compile_filter(text, {**known, "source": str, "split": str})
-        named = [name for name in known if re.search(rf"\b{name}\b", text)] or ["class"]
+        named = [name for name in known if re.search(rf"\b{name}\b", text)]
         sources = []
         for source in self.sources:
             rows = []
-            for table in self.tables(named, source):
+            for table in self.tables(named or ["class"], source):
                 numbered = table.append_column("number", [np.arange(len(table), dtype=np.int32)])
                 rows.append(numbered.filter(expression)["number"].to_numpy())
             sources.append(_keep(source, rows))
         kept = tuple(s for s in sources if s.samples)
         if not kept:
-            raise DataError(
-                f"no sample passes the filter {text!r}",
-                where=redact(self.root),
-                do="see what the columns hold: foundation shards audit CATALOG",
-            )
+            what = f"no sample passes the filter {text!r}"
+            if unknown := unknown_columns(self, named):
+                what += f": {unknown}"
+            do = "see what the columns hold: foundation shards audit CATALOG"
+            raise DataError(what, where=redact(self.root), do=do)
         return replace(self, sources=kept)
 
     def with_amplitudes(self, rules: Mapping[str, Amplitude]) -> Catalog:

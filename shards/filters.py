@@ -15,11 +15,14 @@ import io
 import keyword
 import operator
 import tokenize
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shards.errors import DataError
+
+if TYPE_CHECKING:
+    from shards.catalog import Catalog
 
 MAX_LENGTH, MAX_DEPTH = 2000, 20
 ALLOWED = 'write comparisons like spacing < 1 or band in ["X", "C"], joined by and, or, not and parentheses'
@@ -44,6 +47,19 @@ def compile_filter(text: str, columns: Mapping[str, type]) -> Any:
     """
     line, tree = _parse(text, columns)
     return _Compiler(text, line, columns).condition(tree, 0)
+
+
+def unknown_columns(catalog: Catalog, columns: Sequence[str]) -> str:
+    """Which of these metadata columns not every sample knows, in words; nothing when all are known or none is given.
+
+    `spacing is known for 0 of 8,333 samples; band is known for 12 of 8,333 samples`
+    """
+    known = dict.fromkeys(columns, 0)
+    for table in catalog.tables(list(columns)) if columns else ():
+        for name in columns:
+            known[name] += len(table) - table[name].null_count
+    total = catalog.samples
+    return "; ".join(f"{name} is known for {n:,} of {total:,} samples" for name, n in known.items() if n < total)
 
 
 def _parse(text: str, columns: Mapping[str, type]) -> tuple[str, ast.expr]:

@@ -11,14 +11,18 @@ from PIL import Image, ImageDraw
 
 from shards.addressed import permutation
 from shards.catalog import Catalog, Source
-from shards.reader import Reader, Sample
+from shards.reader import CorruptSample, Reader, Sample
 
 _CELL, _TEXT, _GAP = 112, 14, 4
 _GAMMA = 0.5  # amplitude → brightness: without it only the strongest scatterers would be seen
 
 
 def summary(catalog: Catalog) -> list[dict[str, Any]]:
-    """One row per source: name, split, samples, shards, MB, dtype, size range, classes, scale, mean, left out."""
+    """One row per source: name, split, samples, shards, MB, dtype, size range, classes, scale, mean, left out.
+
+    With the channels, where a source has more than one.
+    """
+    channels = {s.name: s.statistics.get("channels", 1) for s in catalog.sources}
     rows = []
     for s in catalog.sources:
         low, high = ("x".join(str(s.statistics[side][i]) for side in ("height", "width")) for i in (0, 2))
@@ -30,10 +34,11 @@ def summary(catalog: Catalog) -> list[dict[str, Any]]:
                 "shards": len(s.shards),
                 "MB": round(sum(shard.bytes for shard in s.shards) / 1e6, 1),
                 "dtype": s.dtype,
+                **({"channels": channels[s.name]} if max(channels.values()) > 1 else {}),
                 "size": low if low == high else f"{low} to {high}",
                 "classes": len(s.classes),
-                "scale": s.amplitude.scale,
-                "mean": round(s.statistics["mean"] / s.amplitude.scale, 4),
+                "scale": float(f"{s.amplitude.scale:.4g}"),
+                "mean": float(f"{s.statistics['mean'] / s.amplitude.scale:.4g}"),
                 "left out": sum(s.statistics["rejected"].values()),
             }
         )
@@ -66,9 +71,10 @@ def source_sheet(
     """Chips of one source, whose sample ids begin at `first`, each above its class and size.
 
     Chips are chosen by a fixed shuffle. Those of a row stand on one line, so that a label is right below its chip.
+    A damaged one has its place, without a picture.
     """
     order = permutation(0, "contact sheet", torch.zeros(1, dtype=torch.int64), source.samples)[0, : rows * columns]
-    samples = [reader[first + number] for number in order.tolist()]
+    samples = [readable(reader, first + number) for number in order.tolist()]
     pictures = [thumbnail(sample, _CELL) for sample in samples]
     lines = range(0, len(pictures), columns)
     heights = [max(picture.height for picture in pictures[line : line + columns]) for line in lines]
@@ -81,11 +87,25 @@ def source_sheet(
         for column, (sample, picture) in enumerate(list(zip(samples, pictures, strict=True))[line : line + columns]):
             x = _GAP + column * (_CELL + _GAP)
             sheet.paste(picture, (x + (_CELL - picture.width) // 2, top + height - picture.height))
-            pixels = "x".join(map(str, sample.pixels.shape[-2:]))
-            name = pixels if sample.label < 0 else f"{reader.catalog.classes[sample.label]} {pixels}"
-            draw.text((x + _CELL // 2, top + height), name[: _CELL // 6], fill=180, anchor="ma")
+            draw.text((x + _CELL // 2, top + height), _label(reader, sample)[: _CELL // 6], fill=180, anchor="ma")
         top += height + _TEXT + _GAP
     return sheet
+
+
+def _label(reader: Reader, sample: Sample | None) -> str:
+    """Class and size of a chip."""
+    if sample is None:
+        return "damaged"
+    pixels = "x".join(map(str, sample.pixels.shape[-2:]))
+    return pixels if sample.label < 0 else f"{reader.catalog.classes[sample.label]} {pixels}"
+
+
+def readable(reader: Reader, number: int) -> Sample | None:
+    """The sample, or None when its bytes are damaged."""
+    try:
+        return reader[number]
+    except CorruptSample:
+        return None
 
 
 def values(sample: Sample) -> np.ndarray:
@@ -96,11 +116,15 @@ def values(sample: Sample) -> np.ndarray:
     return np.clip(share, 0, 1)
 
 
-def thumbnail(sample: Sample, side: int) -> Image.Image:
+def thumbnail(sample: Sample | None, side: int) -> Image.Image:
     """The first channel as an 8-bit picture of at most `side` pixels a side; small chips grow by a whole factor.
 
-    Brightness is the square root of the value, or the value where it is in decibels.
+    Brightness is the square root of the value, or the value where it is in decibels. None: a grey square that says so.
     """
+    if sample is None:
+        empty = Image.new("L", (side, side), 60)
+        ImageDraw.Draw(empty).text((side // 2, side // 2), "damaged", fill=180, anchor="mm")
+        return empty
     brightness = values(sample) ** (1 if sample.decibels else _GAMMA)
     picture = Image.fromarray(np.rint(255 * brightness).astype(np.uint8))
     if factor := side // max(picture.size):

@@ -4,12 +4,14 @@ Several processes read the files in chunks into a spool and write the shards fro
 Both stay in `OUT/.pack-NAME` until the catalog is saved, so a packing that was killed goes on where it stopped. The
 same input gives the same bytes, whatever the number of processes and of interruptions. A shard's name ends in a hash,
 so nothing that a catalog points to is ever overwritten: the catalog is the last file written, and a stop before it
-leaves the old catalog and its shards whole.
+leaves the old catalog and its shards whole. What only the old catalog uses stays until the next packing into the folder
+has ended, for a running job may read it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -24,19 +26,21 @@ import numpy as np
 
 from shards import catalog as catalogs
 from shards import index as indexes
-from shards import metadata, sources, spool, tarfiles
+from shards import metadata, rejections, sources, spool, tarfiles
 from shards.catalog import Amplitude, Catalog, Shard, Sidecar, Source
 from shards.errors import DataError
-from shards.schema import DTYPES, SPLITS, Record, Rejected, canonical_json, check_name
+from shards.rejections import REJECTED
+from shards.schema import DTYPES, SPLITS, Record, Rejected, check_name
 from shards.sources.base import Corpus, Item, Options, check_counts
 from shards.sources.files import Files
 from shards.statistics import Statistics
+from shards.store import redact
 from shards.workers import Workers, locked
 
 __all__ = ["REJECTED", "Options", "Record", "Rejected", "SourceSpec", "pack", "published"]
 
-REJECTED = "rejected.jsonl"
 Progress = Callable[[str, int], None]
+_CHANNELS = "read the same of all (GeoTIFF: --option bands=1), or pack each polarisation apart (--include)"
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,9 @@ class SourceSpec:
     """One source to pack: its name, where it is, and how it is read.
 
     `kind` (see shards.sources) explains `path`; `part` takes only that published part (None: everything). `split` None
-    is that of the part, or pretrain. `amplitude` replaces the rule that statistics give. `incomplete` accepts other
-    than the published counts. `codec` zstd stores compressed arrays. `records`, if given, replaces `kind` and `path`.
+    is that of the part, or pretrain. `amplitude` replaces the rule that statistics give: sources of one kind, path and
+    dtype that are packed together share that of those outside split test. `incomplete` accepts other than the published
+    counts. `codec` zstd stores compressed arrays. `records`, if given, replaces `kind` and `path`.
     """
 
     name: str
@@ -89,6 +94,7 @@ class _Taken:
     chunks: list[spool.Chunk] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     deviation: str = ""
+    notes: list[str] = field(default_factory=list)
     digests: list[str] = field(default_factory=list)
     places: list[np.ndarray] = field(default_factory=list)
     chunk_of: list[np.ndarray] = field(default_factory=list)
@@ -125,8 +131,13 @@ def pack(
     are spawned, so a script needs its `if __name__ == "__main__"`). `progress(source, samples)` is called per chunk
     read. `fresh` forgets what an earlier packing that did not end has left.
     """
-    out = Path(out)
     _check(specs)
+    if re.match(r"\w+:/", str(out)):  # a Path keeps one slash
+        do = "pack into a folder, then: foundation shards copy FOLDER URL"
+        raise DataError("a catalog cannot be packed into a URL", where=redact(str(out)), do=do)
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise DataError("the catalog folder is a file", where=str(out), do="name a folder, which is made if needed")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out):
@@ -137,13 +148,14 @@ def pack(
                 for one in taken:
                     _read(one, pool, progress)
                 _refuse(taken, on_error)
-                new = [_source(one, _write(one, pool, out, shard_bytes)) for one in taken]
+                rules = _amplitudes(taken)
+                new = [_source(one, _write(one, pool, out, shard_bytes), rules[one.spec.name]) for one in taken]
             kept = [s for s in old.sources if s.name not in {source.name for source in new}]
-            return _publish(out, taken, catalogs.of(out, [*kept, *new]))
+            return _publish(out, taken, old, catalogs.of(out, [*kept, *new]))
     except OSError as error:
-        raise DataError(
-            f"packing stopped: {error}", where=str(out), do="free space or fix access, and pack again"
-        ) from error
+        wrong_place = isinstance(error, NotADirectoryError | FileExistsError)
+        do = "name a folder below folders" if wrong_place else "free space or fix access, and pack again"
+        raise DataError(f"packing stopped: {error}", where=str(out), do=do) from error
 
 
 def _check(specs: Sequence[SourceSpec]) -> None:
@@ -153,6 +165,9 @@ def _check(specs: Sequence[SourceSpec]) -> None:
             raise DataError(f"unknown split {spec.split!r}", where=spec.name, do=f"choose from {', '.join(SPLITS)}")
         if spec.codec not in indexes.CODECS:
             raise DataError(f"unknown codec {spec.codec!r}", where=spec.name, do="choose from raw, zstd")
+        if (rule := spec.amplitude) and not (0 < rule.scale < math.inf and 0 <= rule.decibels < math.inf):
+            what = f"an amplitude scale of {rule.scale} with {rule.decibels} decibels"
+            raise DataError(what, where=spec.name, do="give a scale above 0, and decibels from 0 (0: linear)")
     if twice := [name for name, n in Counter(s.name for s in specs).items() if n > 1]:
         raise DataError(f"two sources are named {twice[0]!r}", do="give each source its own name")
 
@@ -177,6 +192,7 @@ def _plan(spec: SourceSpec, out: Path, fresh: bool) -> _Taken:
             if not spec.incomplete:
                 raise
             taken.deviation = error.what
+        taken.notes = taken.corpus.unmatched()
         taken.chunks = list(spool.cut(spec.name, spec.codec, taken.spools, taken.corpus, items))
     if fresh:
         shutil.rmtree(taken.scratch, ignore_errors=True)
@@ -226,21 +242,23 @@ def _chunks(taken: _Taken, pool: Workers) -> Iterator[str]:
 
 
 def _collect(taken: _Taken, chunk: spool.Spooled) -> None:
-    """Add a chunk; samples that have not the dtype of the source's first one are rejected."""
+    """Add a chunk; samples that have not the dtype and the number of channels of the source's first are rejected."""
     taken.rejected += chunk.rejected
     if taken.statistics is None and len(chunk.places):
-        taken.statistics = Statistics(np.dtype(DTYPES[chunk.places["dtype"][0]]))
+        taken.statistics = Statistics(np.dtype(DTYPES[chunk.places["dtype"][0]]), int(chunk.places["channels"][0]))
     if taken.statistics is None:
         return
-    name = taken.statistics.dtype.name
-    if name in chunk.statistics:
-        taken.statistics.merge(chunk.statistics[name])
-    same = chunk.places["dtype"] == DTYPES.index(name)
+    name, channels = taken.statistics.dtype.name, taken.statistics.channels
+    if (name, channels) in chunk.statistics:
+        taken.statistics.merge(chunk.statistics[name, channels])
+    same = (chunk.places["dtype"] == DTYPES.index(name)) & (chunk.places["channels"] == channels)
     if not same.all():
         with open(taken.spools / f"{chunk.digest}.spool", "rb") as file:
             for place in chunk.places[~same]:
                 text = os.pread(file.fileno(), int(place["json"]), int(place["offset"] + place["stored"]))
                 reason = f"{DTYPES[place['dtype']]} in a source of {name}: split the source"
+                if DTYPES[place["dtype"]] == name:
+                    reason = f"channels: {place['channels']} in a source of {channels}: {_CHANNELS}"
                 taken.rejected.append(Rejected(json.loads(text)["from"], "bad", reason))
     taken.chunk_of.append(np.full(int(same.sum()), len(taken.digests)))
     taken.places.append(chunk.places[same])
@@ -249,24 +267,13 @@ def _collect(taken: _Taken, chunk: spool.Spooled) -> None:
 
 def _refuse(taken: list[_Taken], on_error: str) -> None:
     """Raise DataError for bad files (unless they are to be skipped) and for sources without a single sample."""
-    bad = [(one.spec.name, r) for one in taken for r in one.rejected if r.kind == "bad"]
-    if bad and on_error == "stop":
-        lines = [f"  {name}: {r.key}: {r.reason}" for name, r in bad[:10]]
-        more = [f"  and {len(bad) - 10} more"] if len(bad) > 10 else []
-        total = len(bad) + sum(one.samples for one in taken)
-        raise DataError(
-            "\n".join([f"{len(bad)} of {total} files cannot be used", *lines, *more]),
-            do="fix or exclude them, or skip them with --on-error skip; what was read is not read again",
-        )
+    if on_error == "stop":
+        rejections.refuse_bad({one.spec.name: one.rejected for one in taken}, sum(one.samples for one in taken))
     for one in taken:
         if not one.samples:
             shutil.rmtree(one.scratch)
-            kinds = Counter(r.kind for r in one.rejected)
-            raise DataError(
-                f"source {one.spec.name!r} has no usable image ({dict(kinds) or 'none found'})",
-                where=str(one.spec.path),
-                do="check its path and its include and exclude patterns",
-            )
+            kind = f"{one.corpus.kind} ({one.corpus.description})" if one.corpus else "records"
+            raise rejections.no_image(one.spec.name, redact(str(one.spec.path)), kind, one.rejected, one.notes)
 
 
 def _write(taken: _Taken, pool: Workers, out: Path, shard_bytes: int) -> list[Shard]:
@@ -306,7 +313,23 @@ def _tasks(taken: _Taken, shard_bytes: int) -> Iterator[tarfiles.ShardTask]:
         first, number = last, number + 1
 
 
-def _source(taken: _Taken, shards: list[Shard]) -> Source:
+def _amplitudes(taken: list[_Taken]) -> dict[str, Amplitude]:
+    """The rule of each source: parts of one corpus share that of the parts that are not tested on."""
+    groups: dict[tuple[str, ...], list[_Taken]] = {}
+    for one in taken:
+        assert one.statistics is not None
+        corpus = (one.spec.kind, str(one.spec.path)) if one.corpus else (one.spec.name,)
+        groups.setdefault((*corpus, one.statistics.dtype.name), []).append(one)
+    rules: dict[str, Amplitude] = {}
+    for parts in groups.values():
+        learnt = [one for one in parts if one.split != "test"] or parts
+        merged = Statistics.merged([one.statistics for one in learnt if one.statistics])
+        rule = merged.amplitude(sorted(one.spec.name for one in learnt) if len(parts) > 1 else ())
+        rules |= {one.spec.name: one.spec.amplitude or rule for one in parts}
+    return rules
+
+
+def _source(taken: _Taken, shards: list[Shard], amplitude: Amplitude) -> Source:
     """The catalog's entry, and the metadata file under its final name in the scratch folder."""
     import pyarrow.parquet as pq
 
@@ -317,9 +340,11 @@ def _source(taken: _Taken, shards: list[Shard]) -> Source:
     sha256 = spool.sha256_of(path)
     file = Sidecar(f"{spec.name}-{sha256[:8]}.parquet", path.stat().st_size, sha256)
     os.replace(path, taken.scratch / file.name)
-    summary = {**taken.statistics.summary(), "rejected": {k: counts[k] for k in ("bad", "small", "flat")}}
+    summary = {**taken.statistics.summary(), "rejected": {k: counts[k] for k in ("bad", "small", "flat", "other")}}
     if taken.deviation:
         summary["deviation"] = taken.deviation
+    if taken.notes:
+        summary["notes"] = taken.notes
     corpus = taken.corpus
     origin = {
         "kind": corpus.kind if corpus else "records",
@@ -328,53 +353,27 @@ def _source(taken: _Taken, shards: list[Shard]) -> Source:
         "part": spec.part,
         "codec": spec.codec,
     }
-    amplitude = spec.amplitude or taken.statistics.amplitude()
     dtype, classes = taken.statistics.dtype.name, tuple(summary["class_counts"])
     return Source(spec.name, taken.split, tuple(shards), dtype, classes, amplitude, summary, file, origin)
 
 
-def _publish(out: Path, taken: list[_Taken], catalog: Catalog) -> Catalog:
-    """Move everything to its place, save the catalog, and only then remove what it no longer uses."""
+def _publish(out: Path, taken: list[_Taken], old: Catalog, catalog: Catalog) -> Catalog:
+    """Move everything to its place, save the catalog, and only then remove what neither it nor the `old` one uses."""
     used: set[str] = set()
-    for source in catalog.sources:
+    for source in (*old.sources, *catalog.sources):
         tars = [Path(shard.name) for shard in source.shards]
         used |= {source.metadata.name, *(p.name for p in tars), *(indexes.path_of(p).name for p in tars)}
     for one in taken:
         for path in [*one.tars.iterdir(), *one.scratch.iterdir()]:
             if path.name in used:
                 os.replace(path, out / path.name)
-    _write_rejected(out, taken)
+    rejections.write(out, {one.spec.name: one.rejected for one in taken})
     catalogs.save(catalog)
+    names = "|".join(re.escape(source.name) for source in catalog.sources)
+    ours = re.compile(rf"(?:{names})-(?:\d{{5,}}-[0-9a-f]{{8}}\.(?:tar|idx)|[0-9a-f]{{8}}\.parquet)")
+    for path in out.iterdir():
+        if ours.fullmatch(path.name) and path.name not in used:
+            path.unlink()
     for one in taken:
-        ours = re.compile(re.escape(one.spec.name) + r"-(\d{5,}-[0-9a-f]{8}\.(tar|idx)|[0-9a-f]{8}\.parquet)")
-        for path in out.iterdir():
-            if ours.fullmatch(path.name) and path.name not in used:
-                path.unlink()
         shutil.rmtree(one.scratch)
     return catalog
-
-
-def _write_rejected(out: Path, taken: list[_Taken]) -> None:
-    """Bring `rejected.jsonl` up to date: the lines of these sources are new, those of the others stay."""
-    path, part, names = out / REJECTED, out / f".{REJECTED}.part", {one.spec.name for one in taken}
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if _source_of(line) not in names]
-    for one in taken:
-        for r in one.rejected:
-            file = r.key.encode(errors="backslashreplace").decode()  # a name may hold bytes that are no text
-            kept.append(
-                canonical_json({"source": one.spec.name, "file": file, "kind": r.kind, "reason": r.reason}).decode()
-            )
-    if kept:
-        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _source_of(line: str) -> str | None:
-    """The source that a line of `rejected.jsonl` is about; a line that says nothing is nobody's."""
-    try:
-        return str(json.loads(line)["source"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None

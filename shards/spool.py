@@ -28,8 +28,8 @@ from shards.statistics import Statistics
 
 CHUNK_ITEMS, CHUNK_BYTES, CHUNK_RECORDS = 256, 16 << 20, 64
 LEVEL = 3  # of zstd
-# Where a sample lies in its spool: the array, then its JSON; and its dtype's place in DTYPES.
-PLACE = np.dtype([("offset", "<u8"), ("stored", "<u8"), ("json", "<u4"), ("dtype", "u1")])
+# Where a sample lies in its spool: the array, then its JSON; its dtype's place in DTYPES, and its channels.
+PLACE = np.dtype([("offset", "<u8"), ("stored", "<u8"), ("json", "<u4"), ("dtype", "u1"), ("channels", "u1")])
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Spooled:
-    """A chunk that was read: samples as rows of PLACE, what was rejected, and statistics by dtype."""
+    """A chunk that was read: samples as rows of PLACE, what was rejected, and statistics by dtype and channels."""
 
     digest: str
     places: np.ndarray
     rejected: tuple[Rejected, ...]
-    statistics: Mapping[str, Statistics]
+    statistics: Mapping[tuple[str, int], Statistics]
 
 
 def cut(source: str, codec: str, folder: Path, corpus: Corpus, items: Iterable[Item]) -> Iterator[Chunk]:
@@ -86,9 +86,9 @@ def read_chunk(corpora: Mapping[str, Corpus], chunk: Chunk) -> None:
 
 def write_chunk(chunk: Chunk, records: Iterable[Record | Rejected]) -> str:
     """Write the files of a chunk, the JSON last; returns its digest, taken from the content where it has none."""
-    places: list[tuple[int, int, int, int]] = []
+    places: list[tuple[int, int, int, int, int]] = []
     rejected: list[Rejected] = []
-    statistics: dict[str, Statistics] = {}
+    statistics: dict[tuple[str, int], Statistics] = {}
     part = chunk.folder / f"{os.getpid()}.part"
     with open(part, "wb") as file:
         for record in records:
@@ -100,10 +100,10 @@ def write_chunk(chunk: Chunk, records: Iterable[Record | Rejected]) -> str:
             if isinstance(record, Rejected):
                 rejected.append(record)
                 continue
-            name = pixels.dtype.name
-            statistics.setdefault(name, Statistics(pixels.dtype)).add(pixels, record.label)
+            name, channels = pixels.dtype.name, channels_of(pixels)
+            statistics.setdefault((name, channels), Statistics(pixels.dtype, channels)).add(pixels, record.label)
             data = _stored(pixels, chunk.codec)
-            places.append((file.tell(), len(data), len(meta), DTYPES.index(name)))
+            places.append((file.tell(), len(data), len(meta), DTYPES.index(name), channels))
             file.write(data)
             file.write(meta)
         file.flush()
@@ -139,6 +139,11 @@ def _prepared(record: Record, source: str) -> tuple[np.ndarray, bytes]:
     return pixels, meta
 
 
+def channels_of(pixels: np.ndarray) -> int:
+    """Number of channels of pixels as they are stored."""
+    return len(pixels) if pixels.ndim > (3 if pixels.dtype == np.int16 else 2) else 1
+
+
 def _stored(pixels: np.ndarray, codec: str) -> bytes:
     """The tar member of an array."""
     data = npy_bytes(pixels)
@@ -163,7 +168,7 @@ def spooled(folder: Path, digest: str) -> Spooled | None:
         end = int(places["offset"][-1] + places["stored"][-1] + places["json"][-1]) if len(places) else 0
         if (folder / f"{digest}.spool").stat().st_size != end:
             return None
-        statistics = {s["dtype"]: Statistics.from_json(s) for s in value["statistics"]}
+        statistics = {(s["dtype"], s["channels"]): Statistics.from_json(s) for s in value["statistics"]}
         return Spooled(digest, places, tuple(Rejected(*r) for r in value["rejected"]), statistics)
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -17,11 +17,11 @@ _PERCENTILES = {"p1": 1.0, "p50": 50.0, "p99": 99.0, "p99_9": 99.9}
 class Statistics:
     """Counts over the samples added so far, of pixels of `dtype`; complex pixels and pairs count by their magnitude.
 
-    Amplitudes are not negative; a histogram bin of floats is their top 16 bits.
+    All have as many `channels`. Amplitudes are not negative; a histogram bin of floats is their top 16 bits.
     """
 
-    def __init__(self, dtype: np.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: np.dtype, channels: int = 1) -> None:
+        self.dtype, self.channels = dtype, channels
         self.wide = dtype.kind not in "u"  # the amplitude is float32
         self.bins = np.zeros(1 << (8 if dtype == np.uint8 else 16), np.int64)
         self.total = self.square = 0.0
@@ -60,12 +60,18 @@ class Statistics:
         codes = np.flatnonzero(self.bins)
         counters = {name: list(getattr(self, name).items()) for name in ("heights", "widths", "labels")}
         sums = [self.total, self.square, self.low, self.high]
-        return {"dtype": self.dtype.name, "bins": [codes.tolist(), self.bins[codes].tolist()], "sums": sums, **counters}
+        return {
+            "dtype": self.dtype.name,
+            "channels": self.channels,
+            "bins": [codes.tolist(), self.bins[codes].tolist()],
+            "sums": sums,
+            **counters,
+        }
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Statistics:
         """What `to_json` wrote."""
-        new = cls(np.dtype(value["dtype"]))
+        new = cls(np.dtype(value["dtype"]), value["channels"])
         codes, counts = value["bins"]
         new.bins[codes] = counts
         new.total, new.square, new.low, new.high = value["sums"]
@@ -84,7 +90,7 @@ class Statistics:
     @classmethod
     def merged(cls, parts: Sequence[Statistics]) -> Statistics:
         """The counts of one or more parts of the same dtype together."""
-        whole = cls(parts[0].dtype)
+        whole = cls(parts[0].dtype, parts[0].channels)
         for part in parts:
             whole.merge(part)
         return whole
@@ -104,6 +110,7 @@ class Statistics:
         count = max(int(self.bins.sum()), 1)
         mean = self.total / count
         return {
+            "channels": self.channels,
             "mean": mean,
             "std": max(self.square / count - mean**2, 0.0) ** 0.5,
             "min": min(self.low, self.high),

@@ -5,57 +5,77 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from shards import catalog as catalogs
 from shards import index as indexes
-from shards.catalog import Catalog
+from shards.catalog import Catalog, Source
 from shards.errors import DataError
-from shards.store import filesystem, redact
+from shards.remote import explained
+from shards.spool import sha256_of
+from shards.store import Entry, Store, filesystem, redact
 
 Progress = Callable[[str, int], None]
 
 
-def copy(catalog: Catalog, target: str, progress: Progress | None = None) -> int:
-    """Copy every file of `catalog` below `target`; returns how many were not there yet.
+def copy(catalog: Catalog, target: str, progress: Progress | None = None, *, again: bool = False) -> int:
+    """Copy every file of `catalog` below `target`; returns how many were written.
 
-    A file that is there with the right size is kept: names end in their hash. A catalog that is already there must
-    hold no other sources. `progress(name, bytes)` is called after each file. Raises DataError.
+    Nothing is sent whose sha256 is not the catalog's. A file that is there with the right size is kept, since names end
+    in their hash, unless `again`. A catalog that is already there must hold no other sources. A bucket must exist.
+    `progress(name, bytes)` is called after each file. Raises DataError.
     """
+    if target.startswith("http"):
+        raise DataError("http:// is only read", where=redact(target), do="copy to a folder, s3:// or gs://")
+    catalog.check()
     fs, base = filesystem(target)
-    kept = _refuse_strangers(fs, base, catalog, target)
     sent = 0
     try:
-        fs.makedirs(base, exist_ok=True)
-        for source, name, size, sha256 in _files(catalog):
-            path = f"{base}/{name}"
-            if not (fs.exists(path) and fs.info(path)["size"] == size):
-                local = catalog.store(source).fetch(name, size, sha256)
-                fs.put_file(str(local), path)
+        same = fs.exists(f"{base}/{catalogs.FILE_NAME}") and _refuse_strangers(catalog, target)
+        if "://" not in target.removeprefix("file://"):
+            fs.makedirs(base, exist_ok=True)
+        for source, file in _files(catalog):
+            path = f"{base}/{file.name}"
+            if again or not (fs.exists(path) and fs.info(path)["size"] == file.size):
+                fs.put_file(str(_checked(catalog.store(source), file)), path)
                 sent += 1
             if progress:
-                progress(name, size)
-        if not kept:
+                progress(file.name, file.size)
+        if again or not same:
             fs.pipe_file(f"{base}/{catalogs.FILE_NAME}", catalogs.text(catalog).encode())
-    except OSError as error:
-        what = f"copying stopped after {sent} files: {redact(str(error))}"
-        raise DataError(what, where=redact(target), do="run the command again; it goes on") from error
+    except DataError:
+        raise
+    except Exception as error:  # of fsspec's libraries, which are not all OSError
+        do = "make the folder or bucket, see whether it can be reached, and run the command again; it goes on"
+        raise explained(error, f"copying stopped after {sent} files", target, do) from None
     return sent
 
 
-def _files(catalog: Catalog) -> Iterator[tuple[Any, str, int, str]]:
-    """Source, name, bytes and sha256 of every file but the catalog."""
+def _checked(store: Store, file: Entry) -> Path:
+    """The local file with these bytes; of a URL once more from there when the cached copy is damaged."""
+    for again in (False, True) if store.remote else (False,):
+        path = store.fetch(*file, again=again)
+        if not path.is_file():
+            raise DataError(f"{file.name} is missing", where=str(path), do="restore it, or pack the source again")
+        if sha256_of(path) == file.sha256:
+            return path
+    raise DataError(
+        f"{file.name} is damaged: its sha256 is not the catalog's",
+        where=str(path),
+        do="restore it, or pack the source again; foundation shards verify names all damaged files",
+    )
+
+
+def _files(catalog: Catalog) -> Iterator[tuple[Source, Entry]]:
+    """Every file but the catalog, with its source."""
     for source in catalog.sources:
-        yield source, *asdict(source.metadata).values()
+        yield source, Entry(*asdict(source.metadata).values())
         for shard in source.shards:
-            yield source, indexes.path_of(Path(shard.name)).name, shard.index_bytes, shard.index_sha256
-            yield source, shard.name, shard.bytes, shard.sha256
+            yield source, Entry(indexes.path_of(Path(shard.name)).name, shard.index_bytes, shard.index_sha256)
+            yield source, Entry(shard.name, shard.bytes, shard.sha256)
 
 
-def _refuse_strangers(fs: Any, base: str, catalog: Catalog, target: str) -> bool:
-    """Raise DataError when a catalog there holds sources that would be lost; whether it is this catalog already."""
-    if not fs.exists(f"{base}/{catalogs.FILE_NAME}"):
-        return False
+def _refuse_strangers(catalog: Catalog, target: str) -> bool:
+    """Raise DataError when the catalog there holds sources that would be lost; whether it is this catalog already."""
     there = catalogs.load(target, cache=catalog.cache)
     if lost := sorted({s.name for s in there.sources} - {s.name for s in catalog.sources}):
         raise DataError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import multiprocessing as mp
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -32,8 +33,11 @@ class Workers:
     def __enter__(self) -> Workers:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._pool:
+            if kind is KeyboardInterrupt:  # what they write has no name yet, and is written again
+                for process in list(self._pool._processes.values()):
+                    process.terminate()
             self._pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable[[Any, Task], Result], tasks: Iterable[Task]) -> Iterator[Result]:
@@ -47,7 +51,8 @@ class Workers:
         running: deque[Future[Result]] = deque()
         try:
             for task in tasks:
-                running.append(self._pool.submit(_call, function, task))
+                with _interrupts_held():
+                    running.append(self._pool.submit(_call, function, task))
                 if len(running) > 2 * self.count:
                     yield running.popleft().result()
             while running:
@@ -57,6 +62,16 @@ class Workers:
                 "a process that packs was killed",
                 do="if memory was short, use fewer workers; pack again, and it goes on where it stopped",
             ) from error
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Processes that start in here never get Ctrl-C, which goes to a whole group: the parent ends them. It waits."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start(shared: Any) -> None:

@@ -39,7 +39,15 @@ def training_catalog(config: Config) -> Catalog:
         )
     whole = ruled(load(*data.catalog, cache=cache(data)), data)
     learnt = whole.select(data.splits)
-    return learnt.filter(data.filter) if data.filter else learnt
+    learnt = learnt.filter(data.filter) if data.filter else learnt
+    for source in learnt.sources:
+        if (found := source.statistics.get("channels", 1)) != config.model.channels:
+            raise DataError(
+                f"the images of {source.name} have {found} channels, the model takes {config.model.channels}",
+                where="model.channels",
+                do=f"set model.channels={found}, or leave {source.name} out: data.filter=\"source != '{source.name}'\"",
+            )
+    return learnt
 
 
 def ruled(catalog: Catalog, data: DataConfig, *, known: bool = False) -> Catalog:

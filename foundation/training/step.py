@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from foundation.config import Config
-from foundation.errors import DataError, NumericsError
+from foundation.errors import NumericsError
 from foundation.objectives.registry import Objective
 from foundation.training.engine import Engine
 from foundation.training.optim import learning_rate, peak_lr
@@ -46,12 +46,6 @@ def train_step(learner: Learner, batches: Sequence[Batch], position: int) -> dic
     for index, cpu_batch in enumerate(batches):
         batch = cpu_batch.to(engine.device)
         images = augment(batch, config.seed)
-        if images.shape[1] != config.model.channels:
-            raise DataError(
-                f"the images have {images.shape[1]} channels, the model takes {config.model.channels}",
-                where="model.channels",
-                do=f"set model.channels={images.shape[1]}, or leave the other sources out of the catalog",
-            )
         inputs = objective.prepare(images, batch.position)
         with engine.accumulate(model, last=index == len(batches) - 1):
             with torch.autocast(engine.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):

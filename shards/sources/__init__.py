@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
 from shards.errors import DataError
-from shards.sources.base import Corpus
+from shards.sources.base import Corpus, Part
 
-__all__ = ["Row", "corpora", "corpus", "rows"]
+__all__ = ["Row", "corpora", "corpus", "facts", "rows"]
 
 
 @cache
@@ -28,16 +30,20 @@ def corpora() -> dict[str, type[Corpus]]:
 
 def corpus(kind: str) -> type[Corpus]:
     """The kind of source with this name; raises DataError that names the nearest one, or what must be installed."""
+    found = _named(kind)
+    if missing := missing_modules(found):
+        raise DataError(f"{kind} needs {', '.join(missing)}", do=f"pip install {' '.join(missing)}")
+    return found
+
+
+def _named(kind: str) -> type[Corpus]:
     if kind not in corpora():
         near = difflib.get_close_matches(kind, corpora(), n=1)
         raise DataError(
             f"no kind of source is named {kind!r}" + (f" (did you mean {near[0]}?)" if near else ""),
             do="list them: foundation shards sources",
         )
-    found = corpora()[kind]
-    if missing := missing_modules(found):
-        raise DataError(f"{kind} needs {', '.join(missing)}", do=f"pip install {' '.join(missing)}")
-    return found
+    return corpora()[kind]
 
 
 def missing_modules(found: type[Corpus]) -> list[str]:
@@ -62,3 +68,29 @@ def rows() -> list[Row]:
         Row(kind, c.description, c.url, c.licence, f"needs {', '.join(missing[kind])}" if missing[kind] else "")
         for kind, c in corpora().items()
     ]
+
+
+def facts(kind: str) -> list[tuple[str, str]]:
+    """What a user may want to know of a kind before packing: (what, text). Raises DataError for an unknown kind."""
+    found = _named(kind)
+    missing = missing_modules(found)
+    listed = [
+        ("kind", kind),
+        ("what it is", found.description),
+        ("layout", inspect.getdoc(found) or ""),
+        ("obtain it", found.url),
+        ("licence", found.licence),
+        ("here", f"needs {', '.join(missing)}: pip install {' '.join(missing)}" if missing else "ready"),
+    ]
+    listed += [(f"--option {name}=", text) for name, text in found.extra.items()]
+    listed += [(f"part {name}", f"split {part.split}{_counted(part)}") for name, part in found.parts.items()]
+    return [(what, text) for what, text in listed if text]
+
+
+def _counted(part: Part) -> str:
+    """The published counts of a part, in words."""
+    if isinstance(part.counts, Mapping):
+        classes = ", ".join(f"{label} {count:,}" for label, count in part.counts.items())
+        return f": {sum(part.counts.values()):,} files ({classes})"
+    totals = part.counts if isinstance(part.counts, tuple) else (part.counts,) if part.counts else ()
+    return f": {' or '.join(f'{total:,}' for total in totals)} files" if totals else ""

@@ -117,6 +117,17 @@ class Corpus:
         included = not self.options.include or any(fnmatchcase(name, pattern) for pattern in self.options.include)
         return included and not any(fnmatchcase(name, pattern) for pattern in self.options.exclude)
 
+    def unmatched(self) -> list[str]:
+        """What to tell about patterns of include and exclude that match no file."""
+        patterns = {"--include": self.options.include, "--exclude": self.options.exclude}
+        names = self.files.names if any(patterns.values()) else []
+        return [
+            f"no file matches {option} {pattern!r}"
+            for option, found in patterns.items()
+            for pattern in found
+            if not any(fnmatchcase(name, pattern) for name in names)
+        ]
+
     def record(self, pixels: np.ndarray, item: Item, key: str = "", **meta: Any) -> Record:
         """A record with the corpus's columns, the item's, and `meta`."""
         label = item.label if self.options.labels else None

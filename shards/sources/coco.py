@@ -31,7 +31,11 @@ class Coco(Detection):
         """Every image that an annotation file lists, and as Rejected what does not fit together."""
         images, claims = self.images(), dict[str, str]()
         find = ByEnd(images).find
-        for name in sorted(self.side_files(".json"), key=lambda name: (not part_of(name), name)):
+        annotations = self.side_files(".json")
+        if not annotations:
+            yield Rejected("*.json", "bad", "no annotation file (*.json) found")
+            return
+        for name in sorted(annotations, key=lambda name: (not part_of(name), name)):
             part = part_of(name)
             try:
                 listed = list(_read(parse_json(self.files.read(name), name), name))

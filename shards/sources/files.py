@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from shards.errors import DataError
+from shards.remote import explained
 from shards.schema import Rejected
 from shards.store import Store, filesystem, redact
 
@@ -110,11 +111,10 @@ class Files:
             try:
                 fs.get_file(f"{base}/{name}", str(path))
                 return
-            except FileNotFoundError:
-                raise
-            except OSError:
-                if wait is None:
-                    raise
+            except Exception as error:  # of fsspec's libraries, which are not all OSError
+                if wait is None or isinstance(error, FileNotFoundError):
+                    url = f"{self.root}/{name}"
+                    raise explained(error, "cannot be fetched", url, "see whether it can be reached") from None
                 time.sleep(wait)
 
     @property
@@ -135,9 +135,11 @@ class Files:
             fs, base = self._remote_root
             try:
                 listed = fs.find(base, detail=True)
-            except OSError as error:
-                where = redact(self.root)
-                raise DataError(f"cannot be listed: {redact(str(error))}", where=where, do="check the URL") from error
+            except Exception as error:  # of fsspec's libraries, which are not all OSError
+                raise explained(error, "cannot be listed", self.root, "check the URL") from None
+            if not listed or base in listed:
+                what = "a file; of a URL only folders are read" if listed else "no such folder, or nothing in it"
+                raise DataError(what, where=redact(self.root), do="check the URL")
             named = {path[len(base) :].lstrip("/"): info for path, info in listed.items()}
             stamps = {name: str(next(filter(None, map(info.get, STAMPS)), "")) for name, info in named.items()}
             return {name: (0, int(info["size"])) for name, info in named.items()}, [], stamps

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from shards.formats import IMAGE_SUFFIXES
-from shards.schema import Rejected
+from shards.schema import Record, Rejected
 from shards.sources.base import Corpus, Item
 
 
@@ -26,3 +27,11 @@ class Folder(Corpus):
                 yield Item(name, label=path.parent.name or None)
             else:
                 yield Rejected(name, "bad", "not an image format that is read here (exclude it, or convert it)")
+
+    def load(self, item: Item) -> Iterator[Record | Rejected]:
+        """See Corpus.load; a TIFF that is no plain image may be a scene, which GDAL reads."""
+        tiff = PurePosixPath(item.name).suffix.lower() in (".tif", ".tiff")
+        for found in super().load(item):
+            if tiff and isinstance(found, Rejected) and found.kind == "bad":
+                found = replace(found, reason=f"{found.reason} (if it is a GeoTIFF: --kind geotiff)")
+            yield found

@@ -173,6 +173,44 @@ def test_workers_of_a_killed_packing_end_and_their_work_is_taken_over(
     assert contents(out) == undisturbed
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_stops_a_packing_with_one_line_and_the_same_command_goes_on(
+    undisturbed: dict[str, str], chips: Path, tmp_path: Path, workers: int
+) -> None:
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import time\n"
+        "from shards import spool\n"
+        "from shards.sources.folder import Folder\n"
+        "from foundation.cli import main\n"
+        "load = Folder.load\n"
+        "def slow(self, item):\n    time.sleep(0.05)\n    return load(self, item)\n"
+        "Folder.load = slow\n"
+        "spool.CHUNK_ITEMS = 40\n"
+        "if __name__ == '__main__':\n    main()\n"
+    )
+    words = ("shards", "pack", tmp_path / "out", chips, "--name", "chips", "--on-error", "skip", "--workers", workers)
+    process = subprocess.Popen(
+        [sys.executable, str(script), *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # a group of its own, as a terminal gives it
+    )
+    end = time.monotonic() + 60
+    while not list(tmp_path.glob("out/.pack-chips/chunks/*.json")):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "nothing is read"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert output.strip() == "stopped; the same command goes on where it was"
+    pack(tmp_path / "out", [SourceSpec("chips", chips)], **OPTIONS)
+    assert contents(tmp_path / "out") == undisturbed
+
+
 def state(pid: str) -> str:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,9 @@ from foundation.training.data import REPLACED, check_agreement, training_catalog
 from foundation.training.run import train
 from shards import catalog as catalogs
 from shards import index as indexes
+from shards.cache import Cache
 from shards.errors import DataError
+from shards.store import filesystem
 from shards.transfer import copy
 
 Make = Callable[..., Config]
@@ -83,6 +86,74 @@ def test_copying_a_catalog_goes_on_where_it_was_and_never_hides_other_sources(up
     assert copy(here, uploaded) == 0
     with pytest.raises(DataError, match=r"a catalog there holds other sources: unseen[\s\S]*another target"):
         copy(here.select(("pretrain", "train")), uploaded)
+
+
+def test_nothing_damaged_is_uploaded_and_a_damaged_upload_is_mended_on_request(
+    bucket, catalog: Path, tmp_path: Path
+) -> None:
+    import s3fs
+
+    s3fs.S3FileSystem(endpoint_url=os.environ["AWS_ENDPOINT_URL"]).makedirs("mended", exist_ok=True)
+    data = Path(shutil.copytree(catalog, tmp_path / "data"))
+    here, target = catalogs.load(data), "s3://mended/small"
+    shard = data / here.sources[0].shards[0].name
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:600] + bytes([whole[600] ^ 1]) + whole[601:])
+    with pytest.raises(DataError, match=rf"{shard.name} is damaged: its sha256 is not the catalog's\n  where: {data}"):
+        copy(here, target)
+    shard.write_bytes(whole)
+    assert copy(here, target) > 0
+    fs, base = filesystem(target)
+    fs.pipe_file(f"{base}/{shard.name}", bytes(len(whole)))
+    assert copy(here, target) == 0
+    with pytest.raises(DataError, match="changed on the server"):
+        catalogs.load(target, cache=Cache(tmp_path / "cache", 1 << 30)).verify()
+    assert copy(here, target, again=True) > 0
+    catalogs.load(target, cache=Cache(tmp_path / "cache", 1 << 30)).verify()
+    remote = catalogs.load(target, cache=Cache(tmp_path / "cache", 1 << 30))
+    (cached,) = (tmp_path / "cache").rglob(f"*{shard.name}")
+    cached.write_bytes(bytes(len(whole)))
+    assert copy(remote, str(tmp_path / "back")) > 0
+    assert (tmp_path / "back" / shard.name).read_bytes() == whole
+    (data / here.sources[0].metadata.name).unlink()
+    with pytest.raises(DataError, match=rf"{here.sources[0].metadata.name} is missing"):
+        copy(here, str(tmp_path / "elsewhere"))
+
+
+def test_a_bucket_that_is_not_there_is_neither_made_nor_a_traceback(bucket, catalog: Path, tmp_path: Path) -> None:
+    from shards.pack import pack, published
+
+    with pytest.raises(DataError, match=r"after 0 files: there is no such bucket[\s\S]*make the folder"):
+        copy(catalogs.load(catalog), "s3://nowhere/small")
+    fs, _ = filesystem("s3://nowhere")
+    assert "nowhere" not in fs.ls("")
+    with pytest.raises(DataError, match=r"no possible name of a bucket[\s\S]*correct the URL"):
+        copy(catalogs.load(catalog), "s3://no_SUCH name/small")
+    with pytest.raises(DataError, match=r"http:// is only read"):
+        copy(catalogs.load(catalog), "http://127.0.0.1:1/small")
+    with pytest.raises(DataError, match=r"no such (bucket or )?folder"):
+        pack(tmp_path / "out", published("folder", "x", "s3://nowhere/small"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, r"EndpointConnectionError[\s\S]*do: "),
+        ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, r"no credentials \(NoCredentials"),
+    ],
+    ids=["a dead endpoint", "no credentials"],
+)
+def test_a_bucket_that_cannot_be_used_is_explained(
+    bucket, catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], message: str
+) -> None:
+    for key, value in {"AWS_EC2_METADATA_DISABLED": "true", "HOME": str(tmp_path), **changes}.items():
+        monkeypatch.setenv(key, value)
+    for words in (("copy", catalog, "s3://corpora/x"), ("pack", tmp_path / "out", "s3://corpora/x", "--name", "x")):
+        code, output = finish(start("shards", *words))
+        assert code == 2, output
+        assert re.search(message, output), output
+        assert "Traceback" not in output
+        assert len(output.strip().splitlines()) <= 3
 
 
 def test_a_damaged_sample_is_replaced_listed_and_told_once_and_the_run_goes_on(

@@ -15,9 +15,11 @@ from foundation.config import from_dict
 from foundation.training.data import open_data
 from shards import audit
 from shards import catalog as catalogs
+from shards import index as indexes
 from shards.audit_page import write_page
 from shards.catalog import Catalog
 from shards.errors import DataError
+from shards.inspect import readable
 from shards.pack import SourceSpec, pack
 from shards.reader import Reader
 from shards.schema import Record, Rejected
@@ -197,3 +199,25 @@ def test_a_copy_of_the_data_that_is_held_out_as_a_whole_is_a_leak(tmp_path: Path
     findings = audit.audit(learnt, [catalogs.load(tmp_path / "b")])
     assert not findings.clean
     assert findings.counts["test images that are learnt"] == 6
+
+
+def test_the_page_has_a_card_for_every_source_of_every_catalog_and_survives_damaged_samples(tmp_path: Path) -> None:
+    learnt = pack(tmp_path / "a", [SourceSpec("learnt", records=chips(0))])
+    tested = pack(tmp_path / "b", [SourceSpec("benchmark", split="test", records=chips(0))])
+    (shard,) = learnt.sources[0].shards
+    path = tmp_path / "a" / shard.name
+    for row in indexes.read(indexes.path_of(path))[:2]:
+        with open(path, "r+b") as file:
+            file.seek(int(row["offset"] + row["stored"]) - 4)
+            file.write(b"\x00\xff\x00\xff")
+    assert [readable(Reader(learnt), i) for i in range(2)] == [None, None]
+    page = write_page(audit.audit(learnt, [tested]), learnt, tmp_path / "audit.html", [tested]).read_text()
+    assert f"; in {tested.root}</span>" in page
+    assert all(f"chips of {name}" in page for name in ("learnt", "benchmark"))
+
+
+def test_the_refusal_of_an_overlap_names_the_filter_and_the_key_that_end_it(tmp_path: Path) -> None:
+    learnt = pack(tmp_path / "a", [SourceSpec("learnt", records=chips(0))])
+    tested = pack(tmp_path / "b", [SourceSpec("benchmark", split="test", records=chips(0))])
+    with pytest.raises(DataError, match=r"data\.filter=\"source != 'learnt'\"[\s\S]*data\.overlap=allow"):
+        audit.refuse_overlap(learnt, tested)

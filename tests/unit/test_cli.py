@@ -103,6 +103,18 @@ def test_a_misspelt_key_is_answered_with_the_right_one(command: Command, tiny_ya
         (("shards", "pack", "{}/out", "{}", "--name", "x"), "DataError: source 'x' has no usable image"),
         (("shards", "pack", "{}/out", "{}", "--name", "x", "--kind", "mstr"), "(did you mean mstar?)"),
         (("shards", "pack", "{}/out", "{}", "--name", "x", "--option", "tile"), "'tile' is not KEY=VALUE"),
+        (("shards", "pack", "{}/out", "{}", "--name", "x", "--decibels", "40"), "needs --scale"),
+        (("shards", "pack", "{}/out", "{}", "--name", "x", "--overlap", "8"), "needs --tile: kind folder"),
+        (
+            ("shards", "pack", "{}/out", "{}", "--name", "x", "--overlap", "8", "--tile", "8"),
+            "8 leaves nothing",
+        ),
+        (
+            ("shards", "pack", "{}/out", "{}", "--name", "x", "--overlap", "300", "--kind", "sicd"),
+            "tiles of 256",
+        ),
+        (("shards", "pack", "s3://bucket/out", "{}", "--name", "x"), "foundation shards copy FOLDER URL"),
+        (("shards", "sources", "mstr"), "(did you mean mstar?)"),
     ],
     ids=lambda value: " ".join(value).replace("{}", "F") if isinstance(value, tuple) else "",
 )
@@ -153,6 +165,34 @@ def test_pack_inspect_and_verify_agree(command: Command, tmp_path: Path) -> None
     code, _, err = command("shards", "verify", out)
     assert code == 2
     assert f"DataError: shard {shard.name} has changed: its sha256 is not the packed one" in err
+
+
+def test_a_kind_of_source_explains_itself(command: Command) -> None:
+    code, out, _ = command("shards", "sources", "mstar")
+    assert code == 0
+    assert re.search(r"layout +The ten-class standard.*--option variants=yes takes all", out)
+    assert re.search(r"--option variants= +yes: ", out)
+    assert re.search(r"part train +split train: 2,747 files \(2S1 299, ", out)
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_work(command: Command, tmp_path: Path) -> None:
+    code, *_ = command("shards", "synth", tmp_path / "c", "--size", 32, "--pretrain", 2, "--train-per-class", 1,
+                       "--test-per-class", 0)  # fmt: skip
+    assert code == 0
+    (tmp_path / "file").write_text("")
+    for words in (("inspect", "--sheet"), ("audit", "--out")):
+        for target, message in ((tmp_path, "is a directory"), (tmp_path / "file" / "x", "cannot be written")):
+            code, out, err = command("shards", words[0], tmp_path / "c", words[1], target)
+            assert code == 2
+            assert message in " ".join(err.replace("│", " ").split())
+            assert "found" not in out
+
+
+def test_what_seems_wrong_in_a_packing_is_told_once(command: Command, tmp_path: Path) -> None:
+    Image.fromarray(np.full((9, 9), 3, np.uint8)).save(tmp_path / "a.png")
+    code, out, err = command("shards", "pack", tmp_path / "o", tmp_path, "--name", "x", "--exclude", "b*")
+    assert code == 0, err
+    assert out.count("no file matches --exclude 'b*'") == 1
 
 
 def test_verify_rebuilds_the_indexes(command: Command, tmp_path: Path) -> None:

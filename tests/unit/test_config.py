@@ -235,3 +235,13 @@ def test_every_key_is_documented_with_the_default_that_it_has() -> None:
     assert all(row.description and row.type for row in rows)
     tree = yaml.safe_load(resolved_yaml(Config()))
     assert {row.path: row.default for row in rows}["optim.betas"] == tree["optim"]["betas"]
+
+
+def test_errors_in_a_named_section_are_told_like_all_others(tmp_path: Path) -> None:
+    path = written(tmp_path, "data: {amplitude: {a: {scale: -5}, b: {decibels: 3}, c: {scale: 1, sclae: 2}}}")
+    message = refused(path, "train.global_batch=7")
+    assert "Found 4 errors" in message
+    assert "data.amplitude.a.scale = -5: number > 0" in message
+    assert "data.amplitude.b = {'decibels': 3}: needs scale, a number > 0" in message
+    assert "data.amplitude.c.sclae = 2: no such key" in message
+    assert "train.global_batch = 7: a multiple of data.lanes = 60" in message

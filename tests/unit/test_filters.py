@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shards.errors import DataError
-from shards.filters import compile_filter
+from shards.filters import compile_filter, unknown_columns
+from shards.pack import SourceSpec, pack
+from shards.schema import Record
 
 COLUMNS = {"band": str, "spacing": float, "height": int, "class": str, "flag": bool}
 TYPES = {str: pa.string(), float: pa.float64(), int: pa.int64(), bool: pa.bool_()}
@@ -211,3 +215,11 @@ def test_the_longest_lists_and_chains_are_evaluated() -> None:
     table = [dict.fromkeys(COLUMNS) | {"height": height, "flag": True} for height in (1, 2)]
     assert select("height in [" + "7," * 900 + "2]", table) == [1]
     assert select(" and ".join(["flag"] * 200), table) == [0, 1]
+
+
+def test_columns_that_not_every_sample_knows_are_counted(tmp_path: Path) -> None:
+    chips = [Record(np.full((8, 8), i + 1, np.uint8), str(i), meta={"band": "X"} if i else {}) for i in range(3)]
+    catalog = pack(tmp_path, [SourceSpec("s", records=chips)])
+    found = unknown_columns(catalog, ["band", "spacing", "height"])
+    assert found == "band is known for 2 of 3 samples; spacing is known for 0 of 3 samples"
+    assert unknown_columns(catalog, ["height"]) == unknown_columns(catalog, []) == ""

@@ -10,6 +10,7 @@ import tarfile
 import zlib
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from shards_samples import records, small
 from shards import catalog as catalogs
 from shards import index as indexes
 from shards import metadata
-from shards.catalog import Catalog, Source
+from shards.catalog import Catalog, Sidecar, Source
 from shards.errors import DataError
 from shards.pack import Record, SourceSpec, pack
 from shards.schema import DTYPES, npy_bytes
@@ -45,21 +46,27 @@ def shard(catalog: Catalog, tmp_path: Path) -> tuple[Source, Path, Path]:
     return source, tmp_path / tar.name, indexes.path_of(tmp_path / tar.name)
 
 
-def samples_of(dtype: str) -> list[np.ndarray]:
-    """One-channel and three-channel pixels of a dtype of the schema."""
+def samples_of(dtype: str, channels: int) -> list[np.ndarray]:
+    """Pixels of two sizes in a dtype of the schema."""
     rng = np.random.default_rng(1)
-    wide = rng.uniform(1, 100, (3, 7, 5, 2))
-    if dtype == "complex64":
-        whole = (wide[..., 0] + 1j * wide[..., 1]).astype(dtype)
-    else:
-        whole = (wide if dtype == "int16" else wide[..., 0]).astype(dtype)
-    return [whole[0], whole]
+    found = []
+    for size in ((7, 5), (4, 9)):
+        wide = rng.uniform(1, 100, (3, *size, 2))
+        if dtype == "complex64":
+            whole = (wide[..., 0] + 1j * wide[..., 1]).astype(dtype)
+        else:
+            whole = (wide if dtype == "int16" else wide[..., 0]).astype(dtype)
+        found.append(whole if channels == 3 else whole[0])
+    return found
 
 
 @pytest.mark.parametrize("codec", indexes.CODECS)
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_finds_the_pixels_the_json_and_the_class_of_its_sample(tmp_path: Path, dtype: str, codec: str) -> None:
-    given_pixels = samples_of(dtype)
+def test_a_row_finds_the_pixels_the_json_and_the_class_of_its_sample(
+    tmp_path: Path, dtype: str, channels: int, codec: str
+) -> None:
+    given_pixels = samples_of(dtype, channels)
     chips = [Record(p, str(i), "ab"[i]) for i, p in enumerate(given_pixels)]
     source = pack(tmp_path, [SourceSpec("s", records=chips, codec=codec)]).sources[0]  # type: ignore[arg-type]
     tar = tmp_path / source.shards[0].name
@@ -323,7 +330,7 @@ def test_random_bytes_are_neither_a_shard_nor_an_index_nor_metadata(packed: tupl
         indexes.build(path, "ab")
     with pytest.raises(DataError):
         indexes.read(path)
-    with pytest.raises(DataError, match="the metadata cannot be read"):
+    with pytest.raises(DataError, match="the metadata have changed"):
         metadata.read(path, packed[0])
 
 
@@ -379,7 +386,11 @@ def test_metadata_that_are_not_those_of_the_shards_are_refused(catalog: Catalog,
     with pytest.raises(DataError, match="the metadata have no column colour"):
         metadata.read(path, source, ["colour"])
     whole = path.read_bytes()
-    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    cut = tmp_path / "cut.parquet"
+    cut.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match="their sha256 is not the packed one"):
+        metadata.read(cut, source)
+    claimed = replace(source, metadata=Sidecar(cut.name, cut.stat().st_size, sha256(cut.read_bytes()).hexdigest()))
     with pytest.raises(DataError, match="the metadata cannot be read"):
-        metadata.read(tmp_path / "cut.parquet", source)
+        metadata.read(cut, claimed)
     assert catalogs.load(catalog.root).sources[0].metadata.bytes == len(whole)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import tarfile
 from itertools import pairwise
@@ -21,7 +20,7 @@ from shards import catalog as catalogs
 from shards import spool
 from shards.errors import DataError
 from shards.inspect import contact_sheet, summary
-from shards.pack import REJECTED, Options, Record, Rejected, SourceSpec, pack, published
+from shards.pack import Options, Record, SourceSpec, pack, published
 from shards.reader import Reader
 from shards.schema import npy_bytes
 from shards.sources.base import Corpus, Item, Part
@@ -48,7 +47,6 @@ def test_every_sample_comes_back_with_its_pixels_class_and_metadata(tmp_path):
     samples = [reader[i] for i in range(24)]
     assert {(s.pixels.tobytes(), catalog.classes[s.label]) for s in samples} == given
     assert {s.pixels.shape[0] for s in samples} == {1}
-    assert reader.labels().tolist() == [reader[i].label for i in range(len(reader))]
     meta = json.loads(reader.meta(0))
     assert (meta["source"], meta["class"]) == ("one", catalog.classes[reader[0].label])
     assert len(meta["sha256"]) == 64
@@ -58,8 +56,8 @@ def test_classes_are_mixed_over_the_shards(tmp_path):
     catalog = small(tmp_path).only(["one"])
     sizes = [shard.samples for shard in catalog.sources[0].shards]
     assert len(sizes) > 1
-    first = Reader(catalog).labels()[: sizes[0]]
-    assert set(first.tolist()) == {0, 1}
+    reader = Reader(catalog)
+    assert {reader[i].label for i in range(sizes[0])} == {0, 1}
 
 
 def test_a_plain_webdataset_reader_reads_the_shards(tmp_path):
@@ -79,10 +77,25 @@ def test_packing_again_replaces_a_source_by_name_and_leaves_the_others(tmp_path)
     after = pack(tmp_path, [SourceSpec("two", records=records(5, "uint16", 7))], shard_bytes=2000)
     assert [(s.name, s.samples) for s in after.sources] == [("one", 24), ("two", 5)]
     assert after.sources[0] == before.sources[0]
-    assert {p.name for p in tmp_path.glob("*.tar")} == {sh.name for s in after.sources for sh in s.shards}
-    assert {p.stem for p in tmp_path.glob("*.idx")} == {p.stem for p in tmp_path.glob("*.tar")}
-    assert {p.name for p in tmp_path.glob("*.parquet")} == {s.metadata.name for s in after.sources}
     after.verify()
+
+
+def files_of(*packed: catalogs.Catalog) -> set[str]:
+    """Every file that these catalogs point to, and the list of sources."""
+    sources = [source for catalog in packed for source in catalog.sources]
+    tars = {shard.name for source in sources for shard in source.shards}
+    indexes = {Path(name).with_suffix(".idx").name for name in tars}
+    return tars | indexes | {source.metadata.name for source in sources} | {"catalog.json"}
+
+
+def test_what_a_running_job_reads_stays_until_the_packing_after_the_next(tmp_path):
+    first = small(tmp_path)
+    second = pack(tmp_path, [SourceSpec("two", records=records(5, "uint16", 7))], shard_bytes=2000)
+    assert {p.name for p in tmp_path.iterdir()} == files_of(first, second)
+    first.verify()
+    third = pack(tmp_path, [SourceSpec("three", records=records(4))])
+    assert {p.name for p in tmp_path.iterdir()} == files_of(third)
+    third.verify()
 
 
 def test_statistics_are_those_of_the_pixels(tmp_path):
@@ -108,47 +121,9 @@ def test_wide_pixels_are_scaled_by_their_percentile_99_9(dtype):
     assert amplitude.scale == pytest.approx(np.percentile(values, 99.9), rel=0.01)
 
 
-def bad_folder(root: Path, bad: int) -> Path:
-    root.mkdir()
-    for i in range(3):
-        Image.fromarray(np.full((8, 8), i + 1, np.uint8)).save(root / f"good{i}.png")
-    for i in range(bad):
-        (root / f"bad{i:02}.png").write_bytes(b"")
-    return root
-
-
-def test_bad_files_stop_the_packing_with_all_of_them_counted_and_nothing_written(tmp_path):
-    with pytest.raises(DataError, match="12 of 15 files cannot be used") as caught:
-        pack(tmp_path / "out", [SourceSpec("s", bad_folder(tmp_path / "in", 12))])
-    assert "bad09.png: empty file (0 bytes)" in str(caught.value)
-    assert "bad10" not in str(caught.value)
-    assert "and 2 more" in str(caught.value)
-    assert [p.name for p in (tmp_path / "out").iterdir()] == [".pack-s"]  # so that what was read is not read again
-    pack(tmp_path / "out", [SourceSpec("s", tmp_path / "in", options=Options(exclude=("bad*",)))])
-    assert not (tmp_path / "out" / ".pack-s").exists()
-
-
-def test_skipped_files_are_listed_with_their_reason_and_counted(tmp_path):
-    source = bad_folder(tmp_path / "in", 2)
-    Image.fromarray(np.full((8, 8), 300, np.uint16)).save(source / "wide.png")
-    catalog = pack(tmp_path / "out", [SourceSpec("s", source)], on_error="skip")
-    assert catalog.samples == 3
-    assert catalog.sources[0].statistics["rejected"] == {"bad": 3, "small": 0, "flat": 0}
-    lines = [json.loads(line) for line in (tmp_path / "out" / REJECTED).read_text().splitlines()]
-    assert lines[0] == {"file": "bad00.png", "kind": "bad", "reason": "empty file (0 bytes)", "source": "s"}
-    assert lines[2]["reason"] == "uint16 in a source of uint8: split the source"
-    pack(tmp_path / "out", [SourceSpec("s", source, options=Options(exclude=("bad*", "wide*")))])
-    assert not (tmp_path / "out" / REJECTED).exists()
-    (tmp_path / "out" / REJECTED).write_text('{"a line cut')
-    pack(tmp_path / "out", [SourceSpec("s", source)], on_error="skip")
-    assert len((tmp_path / "out" / REJECTED).read_text().splitlines()) == 4
-
-
 def test_a_source_that_cannot_be_packed_is_an_error(tmp_path):
-    with pytest.raises(DataError, match=r"source 's' has no usable image \(none found\)[\s\S]*include and exclude"):
+    with pytest.raises(DataError, match=r"source 's' has no usable image: none found[\s\S]*--include and --exclude"):
         pack(tmp_path, [SourceSpec("s", records=[])])
-    with pytest.raises(DataError, match=r"no usable image \(\{'small': 1\}\)"):
-        pack(tmp_path, [SourceSpec("s", records=[Rejected("a", "small", "")])])
     with pytest.raises(DataError, match=r"'a\.b' cannot name a source"):
         pack(tmp_path, [SourceSpec("a.b", records=records(2))])
     with pytest.raises(DataError, match="two sources are named 's'"):
@@ -162,6 +137,11 @@ def test_a_source_that_cannot_be_packed_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="packing stopped"):
         pack(tmp_path / "file" / "out", [SourceSpec("s", records=records(2))])
+    with pytest.raises(DataError, match=r"the catalog folder is a file[\s\S]*name a folder"):
+        pack(tmp_path / "file", [SourceSpec("s", records=records(2))])
+    for url in ("s3://bucket/corpus", Path("s3://bucket/corpus")):
+        with pytest.raises(DataError, match=r"packed into a URL[\s\S]*foundation shards copy"):
+            pack(url, [SourceSpec("s", records=records(2))])
 
 
 def test_the_summary_and_the_contact_sheet_show_every_source(tmp_path):
@@ -241,6 +221,22 @@ def test_a_given_amplitude_replaces_the_one_of_the_statistics(tmp_path):
     assert source.amplitude == catalogs.load(tmp_path).sources[0].amplitude == rule
 
 
+@pytest.mark.parametrize(("scale", "decibels"), [(0.0, 0.0), (-1.0, 0.0), (np.inf, 0.0), (np.nan, 0.0), (9.0, -1.0)])
+def test_an_amplitude_rule_that_gives_no_values_is_refused_before_anything_is_read(tmp_path, scale, decibels):
+    rule = catalogs.Amplitude("given", scale, decibels)
+    with pytest.raises(DataError, match=r"amplitude scale of [\s\S]*where: s[\s\S]*a scale above 0"):
+        pack(tmp_path / "out", [SourceSpec("s", tmp_path / "nowhere", amplitude=rule)])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_the_statistics_of_nothing_are_zero(dtype):
+    nothing = Statistics(np.dtype(dtype)).summary()
+    assert nothing.pop("channels") == 1
+    assert (nothing.pop("class_counts"), nothing.pop("height"), nothing.pop("width")) == ({}, [0] * 3, [0] * 3)
+    assert set(nothing.values()) == {0}
+
+
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
 def test_compressed_samples_are_the_same_samples(tmp_path, dtype):
     chips = [Record(np.full((40, 40), i + 1, dtype), str(i), "a") for i in range(8)]
@@ -254,48 +250,6 @@ def test_compressed_samples_are_the_same_samples(tmp_path, dtype):
         assert np.array_equal(Reader(raw)[i].pixels, Reader(packed)[i].pixels)
     packed.verify()
     assert packed.sources[0].statistics == raw.sources[0].statistics
-
-
-def hostile_tar(path: Path) -> None:
-    """Four good images among everything an archive can do."""
-
-    def image(value: int) -> bytes:
-        file = io.BytesIO()
-        Image.fromarray(np.full((9, 9), value, np.uint8)).save(file, "PNG")
-        return file.getvalue()
-
-    with tarfile.open(path, "w:") as archive:
-
-        def add(name: str, data: bytes = b"", **fields: object) -> None:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            for key, value in fields.items():
-                setattr(info, key, value)
-            archive.addfile(info, io.BytesIO(data))
-
-        for i in range(3):
-            add(f"c/good{i}.png", image(i + 1))
-        add("../outside.png", image(50))
-        add(str(path.parent / "absolute.png"), image(51))
-        add("c/link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
-        add("c/hard.png", type=tarfile.LNKTYPE, linkname="c/good0.png")
-        add("c/device.png", type=tarfile.CHRTYPE)
-        add("c/twice.png", image(60))
-        add("c/twice.png", image(61))
-
-
-def test_hostile_archive_members_are_listed_and_nothing_valid_is_lost(tmp_path):
-    hostile_tar(tmp_path / "in.tar")
-    catalog = pack(tmp_path / "out", [SourceSpec("s", tmp_path / "in.tar")], on_error="skip")
-    assert {Reader(catalog)[i].pixels.max() for i in range(4)} == {1, 2, 3, 61}
-    listed = {r["file"]: r["reason"] for r in map(json.loads, (tmp_path / "out" / REJECTED).read_text().splitlines())}
-    absolute = str(tmp_path / "absolute.png")
-    names = {"../outside.png", absolute, "c/link.png", "c/hard.png", "c/device.png", "c/twice.png"}
-    assert {name.lstrip("/") for name in listed} == {name.lstrip("/") for name in names}
-    assert "points outside" in listed["../outside.png"]
-    assert {p.name for p in tmp_path.iterdir()} == {"in.tar", "out"}
-    with pytest.raises(DataError, match="6 of 10 files cannot be used"):
-        pack(tmp_path / "again", [SourceSpec("s", tmp_path / "in.tar")])
 
 
 class Ships(Corpus):
@@ -342,6 +296,35 @@ def test_published_parts_become_sources_with_their_splits_and_origin(ships, tmp_
         published("ships-of-tests", "x", ships, parts=["val"])
 
 
+def test_the_parts_of_a_corpus_share_the_scale_of_those_that_are_not_tested(ships, tmp_path):
+    for i, name in enumerate(sorted(p.relative_to(ships).as_posix() for p in ships.rglob("*.png"))):
+        Image.fromarray(np.full((9, 9), 900 if name.startswith("test") else 100 + i, np.uint16)).save(ships / name)
+    specs = published("ships-of-tests", "ships", ships)
+    test, train = pack(tmp_path / "both", specs).sources
+    assert test.amplitude == train.amplitude == catalogs.Amplitude("percentile of ships-train", 103.0)
+    (alone,) = pack(tmp_path / "alone", [s for s in specs if s.part == "test"]).sources
+    assert alone.amplitude == catalogs.Amplitude("percentile", 900.0)
+
+
+def test_sources_share_a_scale_only_with_those_of_their_kind_path_and_dtype(tmp_path):
+    for name, value in (("a/1", 100), ("b/2", 103), ("test/3", 900)):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        np.save(tmp_path / "in" / f"{name}.npy", np.full((9, 9), value, np.uint16))
+    (tmp_path / "in" / "wide").mkdir()
+    np.save(tmp_path / "in" / "wide" / "4.npy", np.full((9, 9), 7, np.float32))
+    (tmp_path / "other").mkdir()
+    np.save(tmp_path / "other" / "5.npy", np.full((9, 9), 500, np.uint16))
+    given = catalogs.Amplitude("given", 50.0)
+    parts = [SourceSpec(n, tmp_path / "in", options=Options(include=(f"{n}/*",))) for n in ("wide", "b", "a")]
+    tested = SourceSpec("test", tmp_path / "in", "test", options=Options(include=("test/*",)))
+    apart = [SourceSpec("other", tmp_path / "other"), SourceSpec("one", records=records(3, "uint16"), amplitude=given)]
+    packed = pack(tmp_path / "out", [*parts, tested, *apart, SourceSpec("two", records=records(3, "uint16"))])
+    rules = {s.name: s.amplitude for s in packed.sources}
+    assert rules["a"] == rules["b"] == rules["test"] == catalogs.Amplitude("percentile of a, b", 103.0)
+    assert rules["other"] == catalogs.Amplitude("percentile", 500.0)
+    assert (rules["wide"].rule, rules["one"], rules["two"].rule) == ("percentile", given, "percentile")
+
+
 def test_a_corpus_that_is_not_complete_is_refused_or_its_deviation_recorded(ships, tmp_path):
     (ships / "train" / "a" / "1.png").unlink()
     with pytest.raises(DataError, match=r"class a: 1 files, published are 2[\s\S]*--incomplete"):
@@ -376,7 +359,7 @@ def test_a_failure_while_the_catalog_is_saved_leaves_the_old_one_whole(tmp_path,
     assert catalogs.load(tmp_path).fingerprint == before.fingerprint
     after = pack(tmp_path, [SourceSpec("one", records=records(30, seed=3))])
     after.verify()
-    assert {p.stem for p in tmp_path.glob("*.tar")} == {Path(sh.name).stem for s in after.sources for sh in s.shards}
+    assert {p.name for p in tmp_path.iterdir()} == files_of(before, after)
 
 
 def test_a_sample_that_reads_back_otherwise_stops_the_packing(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foundation.config import Config
 from foundation.errors import DataError, NumericsError
-from foundation.training.data import open_data
+from foundation.training.data import open_data, training_catalog
 from foundation.training.engine import Engine
 from foundation.training.setup import build_learner
 from foundation.training.step import Learner, train_step
@@ -147,8 +147,8 @@ def test_the_loss_falls_within_thirty_steps(tiny_config: Make) -> None:
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5]), losses
 
 
-def test_images_with_other_channels_than_the_model_are_refused(tiny_config: Make) -> None:
-    made = learner(tiny_config("model.channels=2"))
-    with pytest.raises(DataError, match="the images have 1 channels, the model takes 2") as caught:
-        train_step(made, batches(made.config), 0)
-    assert "set model.channels=1" in str(caught.value)
+def test_images_with_other_channels_than_the_model_are_refused_before_anything_is_read(tiny_config: Make) -> None:
+    config = tiny_config("model.channels=2")
+    with pytest.raises(DataError, match=r"the images of \w+ have 1 channels, the model takes 2") as caught:
+        training_catalog(config)
+    assert "set model.channels=1, or leave" in str(caught.value)
