@@ -87,7 +87,8 @@ class Batch:
 def in_order(function: Callable[[T], R], tasks: Iterator[T], workers: int) -> Iterator[R]:
     """`function` of every task in their order, computed by `workers` threads a few tasks ahead of the caller.
 
-    The threads are daemons: one that waits for a dead server cannot keep the process from ending.
+    The threads are daemons: one that waits for a dead server cannot keep the process from ending. `function` should not
+    enter C++ libraries: a daemon that is inside of one when the interpreter ends takes the process down with it.
     """
     if not workers:
         yield from map(function, tasks)
@@ -102,9 +103,11 @@ def in_order(function: Callable[[T], R], tasks: Iterator[T], workers: int) -> It
                     future.set_result(function(task))
                 except BaseException as error:
                     future.set_exception(error)
+            del job, future, task  # or they would live until the next job comes
 
-    for _ in range(workers):
-        Thread(target=work, name="reader", daemon=True).start()
+    threads = [Thread(target=work, name="reader", daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
     ahead: deque[Future[R]] = deque()
 
     def submit(some: Iterable[T]) -> None:
@@ -119,10 +122,13 @@ def in_order(function: Callable[[T], R], tasks: Iterator[T], workers: int) -> It
             submit(islice(tasks, 1))
             yield result
     finally:
+        idle = not ahead
         for future in ahead:
             future.cancel()
-        for _ in range(workers):
+        for _ in threads:
             queue.put(None)
+        for thread in threads if idle else ():
+            thread.join()
 
 
 _Layout = list[tuple[int, torch.dtype, tuple[int, ...]]]
@@ -145,6 +151,20 @@ def _unpack(flat: Tensor, layout: _Layout) -> list[Tensor]:
         flat[begin : begin + size].view(dtype).view(shape)
         for (begin, dtype, shape), size in zip(layout, sizes, strict=True)
     ]
+
+
+class _Piece(NamedTuple):
+    """What a thread reads of a micro-batch: samples in NumPy, their positions and ids int64 [B]."""
+
+    samples: list[Sample]
+    positions: np.ndarray
+    ids: np.ndarray
+    replaced: tuple[Replaced, ...]
+
+    def batch(self) -> Batch:
+        """The same as tensors, which share the memory."""
+        tensors = Batch.of(self.samples, torch.from_numpy(self.positions), torch.from_numpy(self.ids))
+        return replace(tensors, replaced=self.replaced)
 
 
 class Stream:
@@ -193,10 +213,13 @@ class Stream:
         self._numbers = count(start // each) if stop is None else range(start // each, stop // each)
 
     def __iter__(self) -> Iterator[Batch]:
-        return in_order(self.micro_batch, iter(self._numbers), self._workers)
+        return (piece.batch() for piece in in_order(self._piece, iter(self._numbers), self._workers))
 
     def micro_batch(self, number: int) -> Batch:
         """The number-th micro-batch of this rank since position 0. Raises DataError."""
+        return self._piece(number).batch()
+
+    def _piece(self, number: int) -> _Piece:
         global_batch, micro_batch, lanes, rank, world_size = self._place
         step, piece = divmod(number, global_batch // world_size // micro_batch)
         positions = rank_positions(step, global_batch, lanes, rank, world_size)
@@ -208,7 +231,7 @@ class Stream:
         samples = [self._read(p, i, replaced) for p, i in zip(positions.tolist(), ids.tolist(), strict=True)]
         for each in replaced:
             ids[positions == each.position] = each.used
-        return replace(Batch.of(samples, torch.from_numpy(positions), torch.from_numpy(ids)), replaced=tuple(replaced))
+        return _Piece(samples, positions, ids, tuple(replaced))
 
     def _read(self, position: int, sample_id: int, replaced: list[Replaced]) -> Sample:
         """The sample, or the next valid one of its block; what was replaced is added to the list."""

@@ -197,6 +197,7 @@ def test_ctrl_c_stops_a_packing_with_one_line_and_the_same_command_goes_on(
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,  # a group of its own, as a terminal gives it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells ignore it for what runs behind them
     )
     end = time.monotonic() + 60
     while not list(tmp_path.glob("out/.pack-chips/chunks/*.json")):

@@ -29,7 +29,7 @@ from shards.catalog import load
 from shards.errors import DataError
 from shards.pack import Record, SourceSpec, pack
 from shards.reader import CorruptSample
-from shards.stream import Reader, Stream, in_order
+from shards.stream import Batch, Reader, Stream, in_order
 
 COMMON = {"seed": 3, "lanes": 4, "block_shards": 2, "global_batch": 16}
 
@@ -240,6 +240,19 @@ def test_readers_stop_when_nobody_listens_any_more_and_read_only_a_little_ahead(
     while any(thread.name == "reader" for thread in threading.enumerate()):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_after_the_last_answer_no_reader_is_left():
+    assert list(in_order(str, iter(range(20)), 3)) == [str(n) for n in range(20)]
+    assert not any(thread.name == "reader" for thread in threading.enumerate())
+
+
+def test_readers_make_no_tensors_so_that_the_end_of_the_process_never_meets_one_inside_of_torch(catalog, monkeypatch):
+    seen: list[bool] = []
+    monkeypatch.setattr(Batch, "of", lambda *_: seen.append(threading.current_thread() is threading.main_thread()))
+    monkeypatch.setattr("shards.stream.replace", lambda *_, **__: None)
+    assert len(list(Stream(catalog, **COMMON, micro_batch=16, workers=2, stop=64))) == len(seen) > 1
+    assert all(seen)
 
 
 def test_a_reader_that_waits_for_ever_does_not_keep_the_process_from_ending():
