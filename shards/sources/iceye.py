@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from shards.errors import DataError
+from shards.hdf5 import facts
 from shards.sources.scenes import Scene, Scenes, check_block, inside_border, radar_band
 from shards.sources.sidecar import known
 
@@ -58,7 +59,7 @@ def _open(path: Path, name: str) -> Iterator[Scene]:
             return pixels, inside_border(pixels)
 
         height, width = parts[0].shape
-        yield Scene(height, width, 2 * parts[0].dtype.itemsize, _columns(file, name), rows)
+        yield Scene(height, width, 2 * parts[0].dtype.itemsize, _columns(path, name), rows)
 
 
 def _dataset(file: Any, part: str, name: str) -> Any:
@@ -72,32 +73,30 @@ def _dataset(file: Any, part: str, name: str) -> Any:
     return file[part]
 
 
-def _fact(file: Any, name: str) -> Any:
-    """A single value of the product, stored as a dataset or as an attribute; None when it is neither."""
-    import h5py
-
-    value = file.attrs.get(name)
-    if value is None and isinstance(file.get(name, getlink=True), h5py.HardLink):
-        value = file[name][()] if getattr(file[name], "size", 0) == 1 else None
-    value = value.item() if isinstance(value, np.ndarray | np.generic) and value.size == 1 else value
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+FACTS = (
+    *("satellite_name", "product_name", "polarization", "acquisition_mode", "carrier_frequency", "calibration_factor"),
+    *("range_sampling_rate", "slant_range_spacing", "range_spacing", "azimuth_ground_spacing", "azimuth_spacing"),
+    *("satellite_look_angle", "incidence_center"),
+)
 
 
-def _columns(file: Any, name: str) -> dict[str, Any]:
+def _columns(path: Path, name: str) -> dict[str, Any]:
+    fact = facts(path, FACTS, name)
+
     def number(*names: str) -> float | None:
-        found = (_fact(file, name) for name in names)
+        found = (fact[name] for name in names)
         return next((float(value) for value in found if isinstance(value, int | float)), None)
 
     rate, factor = number("range_sampling_rate"), number("calibration_factor")
     across = number("slant_range_spacing", "range_spacing") or (_LIGHT_SPEED / 2 / rate if rate else None)
     steps = [step for step in (across, number("azimuth_ground_spacing", "azimuth_spacing")) if step]
     return known(
-        platform=_fact(file, "satellite_name"),
+        platform=fact["satellite_name"],
         band=radar_band(number("carrier_frequency")),
-        polarisation=_fact(file, "polarization"),
-        mode=_fact(file, "acquisition_mode"),
+        polarisation=fact["polarization"],
+        mode=fact["acquisition_mode"],
         spacing=max(steps, default=None),
         look_angle=number("satellite_look_angle", "incidence_center"),
-        scene=_fact(file, "product_name") or PurePosixPath(name).stem,
+        scene=fact["product_name"] or PurePosixPath(name).stem,
         calibration=f"power = {factor:.6g} (I^2 + Q^2)" if factor else "uncalibrated",
     )

@@ -297,6 +297,18 @@ def test_metadata_of_an_iceye_product_may_be_attributes_or_absent(tmp_path: Path
     assert "spacing" not in records[0].meta
 
 
+def test_an_iceye_file_that_the_hdf5_library_would_read_for_ever_is_rejected(tmp_path: Path) -> None:
+    path = write_iceye(tmp_path / "a.h5", speckle(8, 8, dtype="int16"), product_name="a product")
+    content = bytearray(path.read_bytes())
+    first = content.index(b"GCOL") + 16  # the heap of strings: objects of 16 + size bytes, the last one is free space
+    free = first + 16 + (int.from_bytes(content[first + 8 : first + 16], "little") + 7) // 8 * 8
+    content[free + 8 : free + 16] = bytes(8)
+    path.write_bytes(content)
+    records, rejected = take("iceye", path)
+    assert not records
+    assert [r.reason for r in rejected] == ["its metadata are damaged: the reader does not come to an end"]
+
+
 def test_an_iceye_file_that_is_damaged_or_points_elsewhere_is_rejected(tmp_path: Path) -> None:
     scene = speckle(64, 64, dtype="int16")
     write_iceye(tmp_path / "other.h5", scene)
