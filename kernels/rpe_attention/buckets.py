@@ -7,11 +7,15 @@ is exact near the query and logarithmic further away. Class tokens in front shar
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec
 
 import numpy as np
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
 
 
 def piecewise_index(offset: int, ratio: float = 1.9) -> int:
@@ -43,7 +47,24 @@ def _product_ids(grid: tuple[int, int], cls_tokens: int, ratio: float) -> np.nda
     return full
 
 
-@lru_cache(maxsize=64)
+def constant(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Compute a tensor once for each set of arguments; compilers take the result and do not look inside."""
+    kept: dict[tuple[object, ...], Tensor] = {}
+
+    @wraps(function)
+    def lookup(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        key = (*args, *sorted(kwargs.items()))
+        if (found := kept.get(key)) is not None:
+            return found
+        made = function(*args, **kwargs)
+        if type(made) is Tensor:  # not what a tracer makes in its place
+            kept[key] = made
+        return made
+
+    return torch.compiler.assume_constant_result(lookup)
+
+
+@constant
 def product_buckets(
     grid: tuple[int, int], cls_tokens: int = 1, ratio: float = 1.9, device: torch.device | None = None
 ) -> Tensor:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.rpe_attention.buckets import product_buckets
+from kernels.rpe_attention.buckets import constant, product_buckets
 
 # Above this many (query, key) pairs the one-hot matrix costs more than an index.
 _ONE_HOT_PAIRS = 64 * 1024
 
 
-@lru_cache(maxsize=32)
+@constant
 def _one_hot(grid: tuple[int, int], cls_tokens: int, buckets: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     ids = product_buckets(grid, cls_tokens, device=device)
     return F.one_hot(ids.reshape(-1), buckets).to(dtype).T.contiguous()  # [buckets, L·L]
@@ -28,7 +26,9 @@ def dense_bias(q: Tensor, table: Tensor, grid: tuple[int, int], cls_tokens: int,
     deterministic and there is neither a gather nor a scatter over the batch.
     """
     batch, heads, length, dim = q.shape
-    table = table.to(q.dtype) * rpe_scale
+    table = table.to(q.dtype)
+    if rpe_scale != 1:  # Inductor loses the table of a recomputed block when it removes a product with 1
+        table = table * rpe_scale
     buckets = table.shape[-1]
     if length * length <= _ONE_HOT_PAIRS:
         spread = table @ _one_hot(grid, cls_tokens, buckets, q.device, q.dtype)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 from kernels.rpe_attention import BACKENDS, rpe_attention
@@ -216,3 +217,12 @@ def test_probabilities_sum_to_one() -> None:
 def test_arguments_that_do_not_fit_are_named(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rpe_attention(**{**case()._asdict(), **changes})
+
+
+def test_what_a_tracer_makes_is_not_kept_for_those_who_compute() -> None:
+    grid = (3, 5)
+    with FakeTensorMode():
+        product_buckets(grid, 2)
+    kept = product_buckets(grid, 2)
+    assert type(kept) is torch.Tensor
+    assert product_buckets(grid, 2) is kept
