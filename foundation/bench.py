@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foundation.config import Config, from_dict
+from foundation.models.initialise import initialise
 from foundation.objectives.reconstruction import MaskedReconstruction
 from foundation.objectives.registry import build
 from kernels.gradient_ratio import gradient_ratio
@@ -86,8 +87,8 @@ def make_step(attention: str, target: str, precision: str, device: torch.device)
     config: Config = from_dict({"model": model_tree, "data": {"lanes": 1}, "train": {"precision": precision}})
     objective = build(config)
     objective.target = TimedTarget(objective, target)
-    torch.manual_seed(0)
     model = objective.build_model().to(device)
+    initialise(model, 0)
     images = speckle(device).float() / 255
     positions = torch.arange(BATCH, device=device)
 

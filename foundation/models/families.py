@@ -1,8 +1,14 @@
-"""The size table of the ViT family: one row per size."""
+"""The size table of the ViT family, and what a size costs: parameters and floating-point operations as formulas."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+from kernels.rpe_attention.buckets import num_buckets
+
+if TYPE_CHECKING:
+    from foundation.config import Config
 
 
 class Row(NamedTuple):
@@ -20,4 +26,146 @@ FAMILY = {
     "base": Row(768, 12, 12),
     "large": Row(1024, 24, 16),
     "huge": Row(1280, 32, 16),
+    # g and G of Zhai et al. (arXiv 2106.04560), there with MLPs of 48/11 and 64/13 times the width; here 4 as in all
+    # sizes, which makes their blocks 6 % and 13 % smaller.
+    "giant": Row(1408, 40, 16),
+    "gigantic": Row(1664, 48, 16),
+    "3b": Row(2560, 36, 20),
+    "7b": Row(4096, 40, 32),  # width and depth of DINOv3's 7B; a plain MLP of ratio 4 makes it 8.05 B
+    "22b": Row(6144, 48, 48),  # arXiv 2302.05442
 }
+
+
+class Tokens(NamedTuple):
+    """What the masked-window model makes of one image."""
+
+    patches: int
+    """embedded: the whole grid"""
+    windows: int
+    length: int
+    """of one window, with its class token; masked tokens are processed like all others"""
+    masked: int
+    """predicted, per window"""
+    values: int
+    """of one prediction: patch² times target maps"""
+
+
+def tokens(config: Config) -> Tokens:
+    """The token counts of a configuration."""
+    model, objective = config.model, config.objective
+    inside = objective.window**2
+    values = model.patch**2 * model.channels * len(objective.radii)
+    patches = (config.data.image_size // model.patch) ** 2
+    return Tokens(patches, objective.windows, inside + 1, int(inside * objective.mask_ratio), values)
+
+
+class Rows(NamedTuple):
+    """A parameter as engines cut it: rows (the first dimension) of so many elements each."""
+
+    rows: int
+    elements: int = 1
+
+
+def size(shapes: Iterable[Rows]) -> int:
+    """Elements of all of them."""
+    return sum(rows * elements for rows, elements in shapes)
+
+
+class Shapes(NamedTuple):
+    """The parameters of a model: of one encoder block, of one decoder block, and all that lie in no block."""
+
+    block: list[Rows]
+    decoder_block: list[Rows]
+    root: list[Rows]
+    depth: int
+    decoder_depth: int
+
+    @property
+    def every(self) -> list[Rows]:
+        """All of the model."""
+        return self.root + self.depth * self.block + self.decoder_depth * self.decoder_block
+
+
+def linear(inputs: int, outputs: int) -> list[Rows]:
+    """A matrix of so many rows, and its bias."""
+    return [Rows(outputs, inputs), Rows(outputs)]
+
+
+def block_shapes(dim: int, heads: int) -> list[Rows]:
+    """One block: two norms, four projections of attention (three in one), an MLP of ratio 4, the table of all heads.
+
+    12 dim² + 13 dim + dim / heads · buckets parameters.
+    """
+    table = Rows(1, dim // heads * num_buckets())
+    attention = [*linear(dim, 3 * dim), table, *linear(dim, dim)]
+    return [*4 * [Rows(dim)], *attention, *linear(dim, 4 * dim), *linear(4 * dim, dim)]
+
+
+def shapes(config: Config) -> Shapes:
+    """The parameters of the model that a configuration builds, decoder included."""
+    row, model, decoder = FAMILY[config.model.size], config.model, config.model.decoder
+    root = [*linear(model.patch**2 * model.channels, row.dim), *2 * [Rows(1, row.dim)]]  # class and mask token
+    root += [*linear(row.dim, decoder.width), *linear(decoder.width, tokens(config).values)]
+    root += [*2 * [Rows(row.dim)], *2 * [Rows(decoder.width)]]  # the two final norms
+    blocks = block_shapes(row.dim, row.heads), block_shapes(decoder.width, decoder.heads)
+    return Shapes(*blocks, root, row.depth, decoder.depth)
+
+
+class Parameters(NamedTuple):
+    """Parameters by part; `block` is one encoder block, `root` all that lies in no block."""
+
+    total: int
+    block: int
+    decoder_block: int
+    root: int
+
+
+def parameters(config: Config) -> Parameters:
+    """Exact parameter counts of the model that a configuration builds, decoder included."""
+    s = shapes(config)
+    return Parameters(size(s.every), size(s.block), size(s.decoder_block), size(s.root))
+
+
+class Flops(NamedTuple):
+    """Floating-point operations of one forward pass of one image, by part."""
+
+    embed: int
+    encoder: int
+    decoder: int
+    head: int
+    """the projection into the decoder and the prediction of the masked tokens"""
+
+    @property
+    def forward(self) -> int:
+        """Of one forward pass."""
+        return sum(self)
+
+    @property
+    def training(self) -> int:
+        """Of forward and backward: three times the forward pass, as usual.
+
+        The first projection needs no gradient of the image, so `embed` less is executed (below 0.2 %).
+        """
+        return 3 * self.forward
+
+
+def block_flops(dim: int, length: int) -> int:
+    """One block over one sequence of `length` tokens."""
+    return length * (24 * dim * dim + 4 * length * dim + 2 * num_buckets() * dim)
+
+
+def flops(config: Config) -> Flops:
+    """Operations of one image: 2 per multiply-add of every matrix product by the definition, as executed.
+
+    All windows with all their tokens, masked ones included, pass encoder and decoder; attention counts q·k, p·v and
+    the product of the queries with the position table. Norms, softmax, GELU, residuals and the target do not count
+    (none of them is a matrix product), nor what a backend adds, such as the spread table of `dense` and `sdpa`.
+    """
+    row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
+    every = t.windows * t.length
+    return Flops(
+        embed=2 * t.patches * model.patch**2 * model.channels * row.dim,
+        encoder=row.depth * t.windows * block_flops(row.dim, t.length),
+        decoder=decoder.depth * t.windows * block_flops(decoder.width, t.length),
+        head=2 * every * row.dim * decoder.width + 2 * t.windows * t.masked * decoder.width * t.values,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from foundation.models.vit import Block, ViT, initialise
+from foundation.models.vit import Block, ViT
 
 
 class Decoder(nn.Module):
@@ -18,7 +18,6 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, attention) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, out)
-        initialise(self)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int], wanted: Tensor | None = None) -> Tensor:
         """`wanted` int64 [B, m] are the patch slots to predict (all of them when None); the class token has none."""
@@ -43,7 +42,6 @@ class MaskedWindowModel(nn.Module):
         self.encoder = encoder
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.dim))
         self.decoder = Decoder(encoder.dim, width, depth, heads, out, attention)
-        nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, images: Tensor, patch_ids: Tensor, masked: Tensor, predict_all: bool = False) -> Tensor:
         """Predictions of the masked slots in the order of `masked`, or of all n slots with `predict_all`."""

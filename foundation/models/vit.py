@@ -14,6 +14,8 @@ from foundation.models.attention import Attention
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)) with GELU and ratio 4."""
 
+    shard_unit = True  # recomputed, compiled and sharded as one
+
     def __init__(self, dim: int, heads: int, backend: str = "auto") -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -40,15 +42,6 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
-def initialise(module: nn.Module) -> None:
-    """Xavier-uniform weights, zero biases, unit norms: the published initialisation."""
-    for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(part.weight.view(part.weight.shape[0], -1))
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-
-
 class ViT(nn.Module):
     """Vision transformer with a class token and iRPE; no absolute positions.
 
@@ -66,8 +59,6 @@ class ViT(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.blocks = nn.ModuleList(Block(dim, heads, attention) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        initialise(self)
-        nn.init.normal_(self.cls_token, std=0.02)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Patches per column and row. Raises ValueError when a side is not divisible by the patch."""

@@ -23,7 +23,7 @@ class Inputs(NamedTuple):
 
 
 def build_encoder(config: Config) -> ViT:
-    """The encoder of a configuration, initialised from torch's global generator."""
+    """The encoder of a configuration; `models.initialise` or a checkpoint gives it its weights."""
     size, model = FAMILY[config.model.size], config.model
     return ViT(size.dim, size.depth, size.heads, model.patch, model.channels, model.attention)
 

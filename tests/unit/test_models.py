@@ -17,6 +17,7 @@ from foundation.config import Config, from_dict
 from foundation.models.attention import Attention
 from foundation.models.families import FAMILY
 from foundation.models.heads import MaskedWindowModel
+from foundation.models.initialise import Piece, initialise
 from foundation.models.vit import ViT
 from foundation.objectives.registry import build
 from kernels.rpe_attention import BACKENDS
@@ -62,8 +63,8 @@ def test_every_patch_size_learns_and_the_output_width_follows(
     patch: int, radii: tuple[int, ...], channels: int
 ) -> None:
     objective = build(config(patch, radii, channels=channels))
-    torch.manual_seed(0)
     model = objective.build_model()
+    initialise(model, 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     images = rand(3, channels, 5 * patch, 5 * patch)
     inputs = objective.prepare(images, torch.arange(3))
@@ -92,6 +93,8 @@ def test_the_default_model_has_every_tensor_of_a_published_base_checkpoint() -> 
 def test_the_size_table_is_the_published_one() -> None:
     published = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)}
     published |= {"large": (1024, 24, 16), "huge": (1280, 32, 16)}
+    published |= {"giant": (1408, 40, 16), "gigantic": (1664, 48, 16), "3b": (2560, 36, 20)}
+    published |= {"7b": (4096, 40, 32), "22b": (6144, 48, 48)}
     assert {name: tuple(row) for name, row in FAMILY.items() if name != "nano"} == published
 
 
@@ -151,10 +154,15 @@ def test_a_backend_never_changes_what_the_encoder_says(backend: str) -> None:
     assert torch.allclose(ours, definition, atol=2e-5)
 
 
-def test_initial_weights_follow_from_torch_seed_alone() -> None:
+def initialised(seed: int) -> nn.Module:
+    model = build(config()).build_model()
+    initialise(model, seed)
+    return model
+
+
+def test_initial_weights_follow_from_the_seed_and_the_names_alone() -> None:
     def weights(seed: int) -> dict[str, Tensor]:
-        torch.manual_seed(seed)
-        return build(config()).build_model().state_dict()
+        return initialised(seed).state_dict()
 
     first, again, other = weights(1), weights(1), weights(2)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -163,8 +171,43 @@ def test_initial_weights_follow_from_torch_seed_alone() -> None:
     assert all(torch.equal(first[n], other[n]) == ("norm" in n) for n in first if n.endswith("weight"))
 
 
+@BRIEF
+@given(cut=st.integers(0, 96 * 64), seed=st.integers(0, 2**40))
+def test_a_piece_of_a_parameter_gets_the_values_that_it_has_in_the_whole(cut: int, seed: int) -> None:
+    whole, pieces = nn.Linear(64, 96), nn.Linear(64, 96)
+    initialise(whole, seed)
+    for first, last in ((cut, None), (0, cut)):
+        initialise(
+            pieces,
+            seed,
+            lambda p, first=first, last=last: Piece(p.detach().view(-1)[first:last], first, p.shape),  # type: ignore[misc]
+        )
+    assert torch.equal(pieces.weight, whole.weight)
+
+
+def test_initial_values_are_those_of_their_distributions() -> None:
+    model: Any = initialised(3)
+    weight = model.encoder.blocks[0].fc1.weight
+    bound = (6 / sum(weight.shape)) ** 0.5
+    assert 0.999 * bound < weight.abs().max() <= bound
+    assert abs(weight.mean()) < 0.01 * bound
+    tokens = torch.cat([model.encoder.cls_token.flatten(), model.mask_token.flatten()])
+    assert 0.015 < tokens.std() < 0.025
+
+
+def test_a_parameter_without_a_rule_is_an_error_and_not_left_to_chance() -> None:
+    with pytest.raises(TypeError, match="no rule for the initial value of scale, a parameter of Odd"):
+        initialise(Odd(), 0)
+
+
+class Odd(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.zeros(3))
+
+
 def test_tables_and_biases_start_at_zero_and_norms_at_one() -> None:
-    for name, tensor in build(config()).build_model().state_dict().items():
+    for name, tensor in initialised(0).state_dict().items():
         if name.endswith(("bias", "table")):
             assert not tensor.any(), name
         elif "norm" in name:
