@@ -1,0 +1,176 @@
+"""Bytes that a micro-batch keeps for its backward pass, as formulas of the configuration.
+
+They count what autograd keeps of this model, tensor by tensor, in the manner of Korthikanti et al. (arXiv 2205.05198,
+section 4); tests compare them with the bytes a CPU run really keeps. What only CUDA does (autocast's fp32 norms and
+softmax, the padded bias) follows PyTorch's rules and is not measured.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from foundation.config import Config
+from foundation.models.families import FAMILY, tokens
+from kernels.rpe_attention import resolve
+from kernels.rpe_attention.buckets import num_buckets
+
+
+class Widths(NamedTuple):
+    """Bytes of an element under a precision and device."""
+
+    element: int
+    norm: int
+    """of the input that a LayerNorm keeps: CUDA's autocast gives it an fp32 copy"""
+    softmax: int
+    """of the map that a softmax keeps"""
+
+
+def widths(precision: str, device: str, autocast: bool = True) -> Widths:
+    """fp32: 4 throughout; bf16: 2, but CUDA's autocast (single, ddp) computes norms and softmax in fp32."""
+    if precision == "fp32":
+        return Widths(4, 4, 4)
+    return Widths(2, 4, 4) if device == "cuda" and autocast else Widths(2, 2, 2)
+
+
+class Shape(NamedTuple):
+    """One block at work: `sequences` of `length` tokens."""
+
+    dim: int
+    heads: int
+    length: int
+    sequences: int
+
+    @property
+    def values(self) -> int:
+        """Elements of one activation of the width of the model."""
+        return self.sequences * self.length * self.dim
+
+    def map(self, columns: int | None = None) -> int:
+        """Elements of a map with so many columns (default: the length) per token and head."""
+        return self.sequences * self.heads * self.length * (self.length if columns is None else columns)
+
+
+def attention_bytes(s: Shape, w: Widths, backend: str, device: str) -> int:
+    """What the attention backend keeps, beside its output, which the projection after it keeps.
+
+    reference: copies of q (twice), k, v; the product of queries and table, which its gather keeps; the map of the
+    softmax. dense: q (twice), k, v; the map; the table spread over all pairs. Where softmax widens the map, also the
+    narrow one that multiplies v. sdpa on CUDA (memory-efficient kernel): packed q, k, v, the query of the bias, the
+    bias padded to 8 columns, one fp32 number per row, and the spread table; on a CPU it runs as `dense`, in fp32.
+    Any other backend is taken as fused: packed q, k, v and one number per row, no map.
+    """
+    e, rows = w.element, s.map(1)
+    spread = s.length**2 * s.dim // s.heads * e
+    narrow = s.map() * e if w.softmax != e else 0
+    if backend == "reference":
+        return 4 * s.values * e + s.map(num_buckets()) * e + s.map() * w.softmax + narrow
+    if backend == "dense":
+        return 4 * s.values * e + s.map() * w.softmax + narrow + spread
+    if backend == "sdpa" and device == "cpu":
+        return s.values * (e + 12) + 4 * s.map() + spread
+    if backend == "sdpa":
+        return 4 * s.values * e + s.map(-(-s.length // 8) * 8) * e + 4 * rows + spread
+    return 3 * s.values * e + 4 * rows
+
+
+def block_bytes(s: Shape, w: Widths, backend: str, device: str) -> int:
+    """One block without checkpointing, V = sequences · length · dim elements of width e:
+
+    V · (2 · norm + 11 e) + attention + 16 bytes per token: the inputs of both norms; the inputs of qkv, of the
+    projection and of the MLP (3 e); what GELU takes and gives (8 e); mean and deviation of two norms.
+    """
+    return s.values * (2 * w.norm + 11 * w.element) + attention_bytes(s, w, backend, device) + 16 * s.values // s.dim
+
+
+def selective_bytes(s: Shape, w: Widths, backend: str, device: str) -> int:
+    """One block of which the input and the results of its products are kept: 11 e V and the products of attention.
+
+    The products: qkv (3), attention times v, projection, the MLP (4 + 1), and with the input 11; the bias or table
+    product and the logits of the backends that make them.
+    """
+    e, pairs = w.element, s.map()
+    spread = s.length**2 * s.dim // s.heads * e
+    logits = {"reference": s.map(num_buckets()) + pairs, "dense": 2 * pairs, "sdpa": pairs}.get(backend, 0)
+    if backend == "sdpa" and device == "cpu":
+        logits = 2 * pairs
+    return 11 * e * s.values + logits * e + (spread if backend in ("dense", "sdpa") else 0)
+
+
+def position_bytes(s: Shape, w: Widths, backend: str, device: str, selective: bool = False) -> int:
+    """What of a block is there for the relative positions alone: the bias, what it is made of, and a copy of q for it.
+
+    `selective`: of what selective checkpointing keeps, only results of products.
+    """
+    e, query = w.element, 0 if selective else s.values * w.element
+    spread = s.length**2 * s.dim // s.heads * e
+    on_cpu = backend == "sdpa" and device == "cpu"
+    if backend == "reference":
+        return query + s.map(num_buckets()) * e
+    if backend == "dense" or on_cpu:
+        return query + spread + (s.map() * e if selective else 0)
+    if backend == "sdpa":
+        return query + spread + s.map(s.length if selective else -(-s.length // 8) * 8) * e
+    return 0
+
+
+class Activations(NamedTuple):
+    """Bytes that autograd keeps of one micro-batch: all blocks, the rest, the block being recomputed.
+
+    `positions` is what of them relative positions take.
+    """
+
+    blocks: int
+    rest: int
+    recomputed: int
+    positions: int
+
+    @property
+    def total(self) -> int:
+        """The most that is alive at once."""
+        return self.blocks + self.rest + self.recomputed
+
+
+def activations(config: Config, micro_batch: int, device: str = "cuda", autocast: bool = True) -> Activations:
+    """Activations of a micro-batch of images under the configuration's checkpointing.
+
+    none: every block keeps `block_bytes`. full: every block keeps its input; in the backward pass one block at a time
+    is computed again and then keeps all. selective: every block keeps `selective_bytes`, and one is computed again.
+    The rest: the cast image, its patches, the mask, the inputs of the last norms, of the projection into the decoder
+    and of the prediction, and the fp32 error. With torch.compile it is less; that is not counted on.
+    """
+    mode = config.train.activation_checkpointing
+    row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
+    w, backend = widths(config.train.precision, device, autocast), resolve(model.attention, device)
+    sequences = micro_batch * t.windows
+    encoder = Shape(row.dim, row.heads, t.length, sequences)
+    narrow = Shape(decoder.width, decoder.heads, t.length, sequences)
+    parts = ((encoder, row.depth), (narrow, decoder.depth))
+    full = [block_bytes(s, w, backend, device) for s, _ in parts]
+    kept = {
+        "none": full,
+        "selective": [selective_bytes(s, w, backend, device) for s, _ in parts],
+        "full": [s.values * w.element for s, _ in parts],
+    }[mode]
+    blocks = sum(each * depth for each, (_, depth) in zip(kept, parts, strict=True))
+    masked = sequences * t.masked
+    e, picture = w.element, config.data.image_size**2 * model.channels
+    rest = micro_batch * (t.patches * row.dim + (picture if e < 4 else 0)) * e + sequences * (t.length - 1)
+    rest += encoder.values * (w.norm + e) + 8 * sequences * t.length  # final norm, projection into the decoder
+    rest += narrow.values * e + masked * (decoder.width * (w.norm + e) + 8)  # gather, norm, prediction
+    rest += 4 * masked * t.values  # the error
+    whole = [position_bytes(s, w, backend, device) for s, _ in parts]
+    lasting = {"none": whole, "selective": [position_bytes(s, w, backend, device, True) for s, _ in parts]}
+    positions = sum(each * depth for each, (_, depth) in zip(lasting.get(mode, [0, 0]), parts, strict=True))
+    if mode == "none":
+        return Activations(blocks, rest, 0, positions)
+    return Activations(blocks, rest, max(full), positions + whole[full.index(max(full))])
+
+
+def batch_bytes(config: Config, micro_batch: int) -> int:
+    """Images in fp32, targets of the masked tokens in fp32, and int64 ids of windows and masks.
+
+    The maps the targets are cut from do not count: they are gone before the first activation lives.
+    """
+    t = tokens(config)
+    picture = 4 * config.data.image_size**2 * config.model.channels
+    return micro_batch * (picture + t.windows * (t.masked * (4 * t.values + 8) + 8 * (t.length - 1)))
