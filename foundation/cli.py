@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from enum import StrEnum
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from foundation.cli_plan import plan_command
 from foundation.cli_shards import shards_app
 from foundation.cli_text import console, print_table, show
 from shards.errors import ExplainedError
@@ -24,6 +26,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 bench_app = typer.Typer(invoke_without_command=True)
 app.add_typer(shards_app, name="shards")
 app.add_typer(bench_app, name="bench")
+app.command("plan")(plan_command)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to keys, e.g. optim.lr=3e-4 train.samples=100000")]
 Repeats = Annotated[int, typer.Option(min=1, help="Timed repetitions; the median is printed")]
@@ -59,6 +62,7 @@ class Listed(StrEnum):
 def main() -> None:
     """Entry point: errors meant for people are printed without a traceback, exit status 2."""
     try:
+        extend()
         app()
     except ExplainedError as error:
         # soft_wrap: a broken path or command cannot be copied.
@@ -69,6 +73,14 @@ def main() -> None:
         sys.exit(130)
 
 
+def extend() -> None:
+    """Add the commands of packages above this one: entry points of the group `foundation.commands`."""
+    known = {command.name for command in app.registered_commands}
+    for entry in entry_points(group="foundation.commands"):
+        if entry.name not in known:
+            app.command(entry.name)(entry.load())
+
+
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file, e.g. configs/sar-jepa-tiny.yaml")],
@@ -76,10 +88,17 @@ def train(
     fresh: Annotated[bool, typer.Option(help="Refuse to resume; error when the run folder holds checkpoints")] = False,
 ) -> None:
     """Pretrain. Resumes from the newest valid checkpoint of the run folder by itself."""
+    from foundation import signals
+
+    signals.listen()  # before torch is imported, so that no request is lost
     from foundation.config import load
     from foundation.training.run import train as run_training
+    from foundation.training.stopping import Stopped
 
-    run = run_training(load(config, overrides or []), resume=not fresh)
+    try:
+        run = run_training(load(config, overrides or []), resume=not fresh)
+    except Stopped:
+        raise typer.Exit(signals.STOPPED) from None
     if os.environ.get("RANK", "0") == "0":
         show("run", run)
 
@@ -97,6 +116,7 @@ def evaluate(
         int, typer.Option(min=0, help="Centre crop in pixels before resizing; 128 as published, 0: none")
     ] = 128,
     device: Device = "cpu",
+    ema: Annotated[bool, typer.Option(help="Take the running average of the weights (optim.ema_half_life)")] = False,
 ) -> None:
     """Score an encoder, beside the untrained encoder and the background-only control."""
     from foundation.evaluation.runs import evaluate_run
@@ -114,6 +134,7 @@ def evaluate(
             seeds=range(seeds),
             crop=crop or None,
             device=device,
+            averaged=ema,
             progress=lambda done, total: status.update(f"features of {done:,} of {total:,} images"),
         )
     console.print(to_table(scores))
@@ -218,6 +239,14 @@ def bench_order(
     with console.status("measuring"):
         found = simulate(lanes=lanes, sources=sources)
     print_table(("figure", "value"), ((name, f"{value:,.4g}") for name, value in found.items()))
+
+
+@bench_app.command("checkpoint")
+def bench_checkpoint(repeats: Repeats = 5) -> None:
+    """Time checkpoints of ViT-B: stall beside the training and in the foreground, and the restart of a process."""
+    from foundation.bench_checkpoint import rows
+
+    print_table(("what", "seconds", "ratio"), rows(repeats))
 
 
 @app.command("list")

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from foundation.config_conflicts import conflicts
 from foundation.config_text import (
     Problem,
     allowed,
@@ -30,6 +31,7 @@ from foundation.config_text import (
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+WRITTEN = ("s3", "gs", "gcs", "file", "memory")  # kinds of URL that take files
 
 
 class Section(BaseModel):
@@ -188,6 +190,9 @@ class OptimConfig(Section):
     warmup_samples: int = Field(default=1_895_520, ge=0, description="linear warm-up, samples")
     min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end of the cosine, on the scale of lr")
     grad_clip: float | None = Field(default=None, gt=0, description="largest gradient norm; null does not clip")
+    ema_half_life: int | None = Field(
+        default=None, ge=1, description="half-life of a running average of the weights, samples; null: no average"
+    )
 
 
 class TrainConfig(Section):
@@ -201,21 +206,51 @@ class TrainConfig(Section):
         default=None, ge=1, description="samples per forward pass and process; null: the whole share of a process"
     )
     engine: str = Field(
-        default="auto", min_length=1, description="single, ddp, ...; auto follows how the run was started"
+        default="auto", min_length=1, description="single, ddp, fsdp2, ...; auto follows how the run was started"
+    )
+    shard_size: int | None = Field(
+        default=None, ge=1, description="hsdp: processes that share one copy of the state; null: those of a node"
+    )
+    offload: bool = Field(default=False, description="fsdp2, hsdp, zero: keep the state in host memory")
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        default="none", description="compute activations of a block again in backward: all but products, or all"
     )
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="arithmetic of the model; targets are always fp32"
     )
-    compile: bool = Field(default=False, description="torch.compile the model")
+    float8: bool = Field(
+        default=False, description="fsdp2, hsdp in bf16: products of the blocks in 8 bits (needs torchao and an H100)"
+    )
+    compile: bool = Field(default=False, description="torch.compile each block")
     log_every: int = Field(default=30_000, ge=1, description="samples between two log lines")
     checkpoint_every: int = Field(default=947_760, ge=1, description="samples between two checkpoints")
     keep: int = Field(default=3, ge=1, description="newest checkpoints to keep")
+    keep_every: int | None = Field(
+        default=None, ge=1, description="also keep checkpoints at multiples of so many samples; null: none"
+    )
+    checkpoints: str | None = Field(
+        default=None,
+        min_length=1,
+        description="folder or URL of the checkpoints of this run alone; null: RUN/checkpoints",
+    )
+    async_checkpoint: bool = Field(default=True, description="write checkpoints while the training goes on")
     threads: int | None = Field(default=None, ge=1, description="CPU threads per process; null leaves torch's choice")
 
     @field_validator("engine")
     @classmethod
     def _known_engine(cls, value: str) -> str:
         return one_of(value, ("auto", *importlib.import_module("foundation.training.engine").ENGINES))
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _can_be_written(cls, value: str | None) -> str | None:
+        """A folder, or a URL that takes files and holds no secret, since the configuration is saved and passed on."""
+        scheme, mark, rest = (value or "").partition("://")
+        if mark and scheme not in WRITTEN:
+            raise ValueError(f"a folder or a URL of {', '.join(WRITTEN)}")
+        if mark and ("@" in rest or "?" in rest):
+            raise ValueError("a URL without user name or query; credentials come from the environment")
+        return value
 
 
 class TrackingConfig(Section):
@@ -255,7 +290,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits_together(self, info: ValidationInfo) -> Config:
         """Check keys against each other; the context, if any, is the list that collects the problems."""
-        problems = list(_conflicts(self))
+        problems = list(conflicts(self))
         if info.context is not None:
             info.context.extend(problems)
         elif problems:
@@ -272,58 +307,16 @@ class Row(NamedTuple):
     description: str
 
 
-def _conflicts(c: Config) -> Iterator[Problem]:
-    """Every conflict between keys, with the dotted paths of all keys that take part."""
-
-    def conflict(value: object, text: str, path: str, *others: str) -> Problem:
-        return Problem(path, value, text, others=others)
-
-    d, m, o, t = c.data, c.model, c.objective, c.train
-    if t.global_batch % d.lanes:
-        text = f"a multiple of data.lanes = {d.lanes}"
-        yield conflict(t.global_batch, text, "train.global_batch", "data.lanes")
-    if t.micro_batch and t.global_batch % t.micro_batch:
-        text = f"a divisor of train.global_batch = {t.global_batch}"
-        yield conflict(t.micro_batch, text, "train.micro_batch", "train.global_batch")
-    if c.optim.warmup_samples > t.samples:
-        text = f"at most train.samples = {t.samples}"
-        yield conflict(c.optim.warmup_samples, text, "optim.warmup_samples", "train.samples")
-    if c.optim.min_lr > c.optim.lr:
-        yield conflict(c.optim.min_lr, f"at most optim.lr = {c.optim.lr}", "optim.min_lr", "optim.lr")
-    for key in ("crop_scale", "crop_ratio"):
-        low, high = getattr(d, key)
-        if not 0 < low <= high:
-            yield conflict([low, high], "[low, high] with 0 < low <= high", f"data.{key}")
-    if m.decoder.width % m.decoder.heads:
-        text = f"a multiple of model.decoder.heads = {m.decoder.heads}"
-        yield conflict(m.decoder.width, text, "model.decoder.width", "model.decoder.heads")
-    if max(o.radii) >= d.image_size:
-        text = f"radii below data.image_size = {d.image_size} (reflect padding)"
-        yield conflict(list(o.radii), text, "objective.radii", "data.image_size")
-    masked = int(o.window**2 * o.mask_ratio)
-    if not 0 < masked < o.window**2:
-        text = f"a share that masks at least one of {o.window**2} tokens and leaves one visible, not {masked}"
-        yield conflict(o.mask_ratio, text, "objective.mask_ratio", "objective.window")
-    sides = ("data.image_size", "model.patch")
-    if d.image_size % m.patch:
-        yield conflict(d.image_size, f"a multiple of model.patch = {m.patch}", *sides)
-    elif o.window > (grid := d.image_size // m.patch):
-        yield conflict(o.window, f"at most the token grid's side {grid}", "objective.window", *sides)
-    elif o.windows > (places := grid - o.window + 1):
-        text = f"at most {places}: a window of {o.window} has {places} distinct rows in a grid of {grid}"
-        yield conflict(o.windows, text, "objective.windows", "objective.window", *sides)
-
-
 def from_dict(tree: Mapping[str, Any], where: str = "the configuration", earlier: Sequence[Problem] = ()) -> Config:
     """Validate a nested mapping; all errors, those found `earlier` included, come in one ConfigError."""
-    problems, conflicts = list(earlier), list[Problem]()
+    problems, between = list(earlier), list[Problem]()
     try:
-        config = Config.model_validate(tree, context=conflicts)
+        config = Config.model_validate(tree, context=between)
     except ValidationError as error:
         problems += field_problems(error, known_paths(Config))
         # What remains is valid key by key, so the checks between keys can still run on it.
-        config = Config.model_validate(without_errors(tree, error, known_paths(Config)), context=conflicts)
-    problems += [conflict for conflict in conflicts if not conflict.follows_from(problems)]
+        config = Config.model_validate(without_errors(tree, error, known_paths(Config)), context=between)
+    problems += [conflict for conflict in between if not conflict.follows_from(problems)]
     if problems:
         raise summary(problems, where)
     return config

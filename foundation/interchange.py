@@ -16,6 +16,7 @@ from foundation.config import Config, from_dict, to_dict
 from foundation.errors import CheckpointError
 from foundation.models.families import FAMILY, Row
 from foundation.models.heads import MaskedWindowModel
+from foundation.models.initialise import initialise
 from foundation.models.vit import ViT
 from foundation.objectives.reconstruction import build_encoder
 from foundation.training import checkpoint
@@ -97,7 +98,7 @@ def import_published(path: Path, out: Path) -> Path:
     """Turn a published SAR-JEPA `.pth` into a checkpoint that `evaluate` and `report` read. Returns its folder."""
     state = read_published(path)
     model = model_of(state, where=str(path))
-    checkpoint.check_model(state, model.state_dict(), where=str(path))
+    checkpoint.check_tensors(checkpoint.shapes(state), checkpoint.shapes(model.state_dict()), where=str(path))
     encoder = model.encoder
     size = next((n for n, row in FAMILY.items() if row == Row(encoder.dim, encoder.depth, encoder.heads)), None)
     if size is None:
@@ -118,24 +119,35 @@ def import_published(path: Path, out: Path) -> Path:
             },
         }
     )
-    payload = {"model": state, "position": 0, "config": to_dict(config), "imported_from": path.name}
-    return checkpoint.save(out / "checkpoints", payload, position=0)
+    facts = {"position": 0, "config": to_dict(config), "imported_from": path.name}
+    tensors = {f"model.{name}": tensor for name, tensor in state.items()}
+    return Path(checkpoint.save(out / "checkpoints", tensors, facts, position=0))
 
 
-def load_encoder(path: Path | str, device: str = "cpu") -> tuple[ViT, Config]:
-    """The encoder of a run folder or checkpoint, with its configuration; evaluation mode."""
-    state = checkpoint.load(Path(path))
+def load_encoder(path: Path | str, device: str = "cpu", averaged: bool = False) -> tuple[ViT, Config]:
+    """The encoder of a run folder or checkpoint, with its configuration; evaluation mode.
+
+    `averaged` takes the running average of the weights. Raises CheckpointError where the run kept none.
+    """
+    state = checkpoint.load(path, "ema.encoder." if averaged else "model.encoder.")
     config = from_dict(state["config"])
+    if averaged and not state["tensors"]:
+        raise CheckpointError(
+            "there is no average of the weights in this checkpoint",
+            where=str(path),
+            do="evaluate without --ema, or train with optim.ema_half_life",
+        )
     encoder = build_encoder(config)
-    prefix = "encoder."
-    weights = {name.removeprefix(prefix): t for name, t in state["model"].items() if name.startswith(prefix)}
-    checkpoint.check_model(weights, encoder.state_dict(), where=str(path))
+    weights = state["tensors"]
+    checkpoint.check_tensors(checkpoint.shapes(weights), checkpoint.shapes(encoder.state_dict()), where=str(path))
     encoder.load_state_dict(weights)
     return encoder.to(device).eval(), config
 
 
 def random_encoder(config: Config, seed: int, device: str = "cpu") -> ViT:
     """The same network with fresh weights: the control of every score."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build_encoder(config).to(device).eval()
+    with torch.device("meta"):  # layers draw weights of their own from the global generator, unless they have none
+        encoder = build_encoder(config)
+    encoder = encoder.to_empty(device=device)
+    initialise(encoder, seed)
+    return encoder.eval()

@@ -17,6 +17,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 
+from shards import store
 from shards.cache import Cache
 from shards.store import Retry, Store
 
@@ -43,8 +44,8 @@ def until(condition: Callable[[], object]) -> None:
         time.sleep(0.005)
 
 
-def fetch_all(store: Store, names: list[str], results: Any) -> None:
-    results.put([store.fetch(*item(name)).read_bytes() == DATA[name] for name in names])
+def fetch_all(source: Store, names: list[str], results: Any) -> None:
+    results.put([source.fetch(*item(name)).read_bytes() == DATA[name] for name in names])
 
 
 class Request(NamedTuple):
@@ -68,6 +69,7 @@ class ObjectServer:
         self.requests: list[Request] = []
         self.faults: deque[str | int] = deque()
         self.always: str | int = ""  # the fault of every GET once `faults` is empty
+        self.refuse: Callable[[Request], int] = lambda _: 0  # the HTTP status of requests that are refused, else 0
         self.port = 0
         self._server: ThreadingHTTPServer | None = None
 
@@ -105,6 +107,20 @@ class ObjectServer:
         self.down()
 
 
+def point_to(proxy: ObjectServer, monkeypatch: Any) -> Any:
+    """Let the environment point every S3 client to `proxy`; the file system, in which a bucket named `bucket` is."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    nowhere = {"AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null", "no_proxy": "127.0.0.1"}
+    known = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "hunter2", "AWS_EC2_METADATA_DISABLED": "true"}
+    for name, value in {**nowhere, **known, "AWS_ENDPOINT_URL": proxy.url, "AWS_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(store, "_filesystems", {})  # one reads its environment when it is made
+    fs, _ = store.filesystem("s3://bucket")
+    fs.call_s3("create_bucket", Bucket="bucket")
+    return fs
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
@@ -122,20 +138,24 @@ class _Handler(BaseHTTPRequestHandler):
             super().handle()
 
     def do_GET(self) -> None:
-        store, path = self.store, self.path.partition("?")[0]
-        store.requests.append(Request(self.command, path, self.headers.get("Range")))
+        served, path = self.store, self.path.partition("?")[0]
+        served.requests.append(Request(self.command, path, self.headers.get("Range")))
+        if status := served.refuse(served.requests[-1]):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self._answer(status, {}, b"injected")
+            return
         fault: Any = ""
         if self.command == "GET":
-            fault = store.faults.popleft() if store.faults else store.always
+            fault = served.faults.popleft() if served.faults else served.always
         if isinstance(fault, int):
             self._answer(fault, {}, b"injected")
             return
         if fault == "slow":
-            time.sleep(store.slow)
-        if store.upstream:
+            time.sleep(served.slow)
+        if served.upstream:
             self._answer(*self._forwarded(), fault)
-        elif path in store.files:
-            self._answer(200, {}, store.files[path], fault)
+        elif path in served.files:
+            self._answer(200, {}, served.files[path], fault)
         else:
             self._answer(404, {}, b"no such file")
 

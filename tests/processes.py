@@ -27,12 +27,17 @@ optim: {{lr: 2e-2, warmup_samples: 16}}
 train: {{samples: 96, global_batch: 8, log_every: 8, checkpoint_every: 16, keep: 100}}
 tracking: {{mlflow: false}}
 """
-MEASURED = ("time", "images_per_s", "data_wait", "peak_rss_gb", "peak_device_gb")
+MEASURED = ("time", "images_per_s", "data_wait", "peak_rss_gb", "peak_device_gb", "checkpoint_stall_s")
 
 
 def start(*arguments: object, program: tuple[str, ...] = ("-m", "foundation")) -> subprocess.Popen[str]:
     """A real process of the command line, its stderr in a pipe (stdout joins it)."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "COLUMNS": "200",
+    }
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)],
         env=environment,
@@ -92,15 +97,5 @@ def hashes(run: Path) -> list[tuple[int, float]]:
 
 def same_state(a: Path, b: Path) -> bool:
     """Whether the newest checkpoints of two runs hold the same weights and optimiser state, bit for bit."""
-    one, two = checkpoint.load(a), checkpoint.load(b)
-    return _same([one["model"], one["optimizer"]], [two["model"], two["optimizer"]])
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool(a == b)
+    one, two = (checkpoint.load(run)["tensors"] for run in (a, b))
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)

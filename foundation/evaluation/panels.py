@@ -33,14 +33,14 @@ def write_run_report(run: Path, catalog: Catalog) -> Path:
 
     Raises CheckpointError without a checkpoint, StorageError when a file of the run cannot be read or written.
     """
-    state = checkpoint.load(run)
+    state = checkpoint.load(run, "model.")
     config = from_dict(state["config"])
     metrics = read_metrics(run)
     record = run / ENVIRONMENT
     return report.write_report(
         run,
         metrics=[{**row, "samples": row["position"]} for row in metrics],
-        panels=model_panels(config, state["model"], catalog, run / "figures"),
+        panels=model_panels(config, state["tensors"], catalog, run / "figures"),
         scores=read_scores(run),
         config_yaml=resolved_yaml(config),
         environment=read_json(record) if record.exists() else environment(),

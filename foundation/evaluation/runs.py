@@ -37,22 +37,24 @@ def evaluate_run(
     seeds: Sequence[int] = fewshot.SEEDS,
     crop: int | None = None,
     device: str = "cpu",
+    averaged: bool = False,
     progress: Progress | None = None,
 ) -> list[Score]:
     """Evaluate the encoder at `path` (run folder or checkpoint) on the catalog `data`, train split against test split.
 
-    Every score records its weights (samples seen), data and whether the encoder was pretrained on test images. The
-    scores join those in the run's `scores.json` and `.md`, replacing the same measurement, and the run's report and
-    MLflow run are brought up to date. Returns all scores of the run.
+    `averaged` takes the running average of its weights. Every score records its weights (samples seen), data and
+    whether the encoder was pretrained on test images. The scores join those in the run's `scores.json` and `.md`,
+    replacing the same measurement, and the run's report and MLflow run are brought up to date. Returns all scores of
+    the run.
     """
-    encoder, config = load_encoder(path, device)
-    state = checkpoint.load(path)
+    encoder, config = load_encoder(path, device, averaged)
+    state = checkpoint.load(path, None)
     catalog, tested = (
         ruled(load_catalog(root, cache=cache(config.data)), config.data, known=True) for root in (data, test or data)
     )
     pictures = training_data(config)
     origin = {
-        "weights": f"{state['position']:,} samples",
+        "weights": f"{state['position']:,} samples" + ", averaged" * averaged,
         "data": f"{os.path.basename(os.path.abspath(data))} {tested.select('test').fingerprint[:8]}",
         "train_data": catalog.select("train").fingerprint,
         "pretrained_on_test_images": leaked(pictures, tested.select("test")),
@@ -116,6 +118,6 @@ def publish(config: Config, run_id: str, position: int, scores: Sequence[Score],
 def run_folder(path: Path) -> Path:
     """The run that a run folder, its checkpoints folder or one checkpoint belongs to."""
     for folder in (path, *path.resolve().parents):
-        if (folder / "checkpoints").is_dir():
+        if (folder / "checkpoints").is_dir() or (folder / "config.yaml").is_file():  # they may be elsewhere
             return folder
     raise CheckpointError("this checkpoint lies in no run folder", where=str(path), do="name RUN or its checkpoint")

@@ -1,185 +1,280 @@
 """Checkpoints: a folder is one if and only if it holds a COMMIT marker.
 
     checkpoints/
-      samples-000000012800/   state.pt (weights_only)   manifest.json (bytes, sha256)   COMMIT
-      latest                  the name of the newest one, for people; discovery looks for itself
+      samples-000000012800/
+        tensors/*.safetensors   the pieces that each process holds
+        tensors/index.json      where the pieces of every tensor are, and their places in the whole
+        state.json              plain values: position, configuration, fingerprint, ...
+        manifest.json           format, position, bytes and sha256 of every file
+        COMMIT
+      latest                    the name of the newest one, for people; discovery looks for itself
 
-A save writes under a temporary name, flushes every file to the disk and renames at the end, so that a power cut leaves
-either the whole checkpoint or none. Only one process may save to a folder.
+In a folder a save writes under a temporary name, flushes every file to the disk and renames at the end, so that a power
+cut leaves either the whole checkpoint or none. In an object store (any URL of fsspec) COMMIT is the last object; there
+the names of tensors and state carry a random mark, so that saving a position again disturbs nothing. All processes of a
+run save together, into a folder that they share; only one run may save to a folder. Any number of processes reads what
+any other number has written.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
-import shutil
-from collections import OrderedDict
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError  # what torch.load raises when weights_only refuses a file; nothing is unpickled here
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from foundation.errors import CheckpointError
+from foundation.training.committed import (
+    PREFIX,
+    STATE,
+    TENSORS,
+    Failure,
+    commit,
+    committed,
+    damage,
+    flaw,
+    latest,
+    part,
+    place_of,
+    read_state,
+    recover,
+    said,
+    tidy,
+    unlisted,
+    unusable,
+    write,
+)
+from foundation.training.pieces import Reader, Writer
+from foundation.training.places import Location, Place, place
+from foundation.training.ranks import ALONE, OtherRankError, Ranks, everywhere, together
+from shards.errors import DataError
 
-FORMAT = 1
-_PREFIX, _TEMPORARY = "samples-", ".tmp-"
-_PLAIN = (type(None), bool, int, float, str, bytes, torch.Size, torch.dtype, torch.device)
+__all__ = ["check_tensors", "latest", "load", "read", "restore", "save", "shapes"]
+
 log = logging.getLogger(__name__)
+# Not around each save: filters belong to the whole process, and saves happen in a thread.
+warnings.filterwarnings("ignore", r"torch\.distributed is disabled, unavailable or uninitialized", UserWarning)
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.checkpoint")
 
 
-def save(folder: Path, state: Mapping[str, Any], position: int, keep: int = 3, pinned: Collection[int] = ()) -> Path:
-    """Write the checkpoint of `position` (samples seen) and return its folder.
+def save(
+    location: Path | str,
+    tensors: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    position: int,
+    keep: int = 3,
+    keep_every: int | None = None,
+    ranks: Ranks = ALONE,
+) -> Location:
+    """Write the checkpoint of `position` (samples seen) below a folder or URL, all `ranks` together; returns where.
 
-    Afterwards the newest `keep` checkpoints, those at `pinned` positions and this one remain. Raises CheckpointError
-    when the state could not be read back or cannot be written; earlier checkpoints are untouched then.
+    `tensors` are plain (equal on all ranks) or DTensors; `state` holds JSON values. Afterwards the newest `keep`
+    checkpoints, those at multiples of `keep_every` samples, those with a file PIN and this one remain. Raises
+    CheckpointError on every rank when one of them cannot write; earlier checkpoints are untouched then.
     """
-    _refuse_objects(state, "state")
-    final = folder / f"{_PREFIX}{position:012d}"
-    temporary = folder / f"{_TEMPORARY}{final.name}-{os.getpid()}"
+    first, folder, name = ranks.rank == 0, place(location), f"{PREFIX}{position:012d}"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_temporary(folder)  # before writing: an interrupted save may hold the space that this one needs
-        temporary.mkdir()
-        _write(temporary, state, position)
-        if final.exists():
-            final.rename(folder / f"{_TEMPORARY}replaced-{final.name}")
-        temporary.rename(final)
-        _sync(folder)
-    except (OSError, RuntimeError) as error:  # torch's archive writer reports a full disk as a RuntimeError
-        cause = error if isinstance(error, OSError) else error.__context__ or error
-        raise CheckpointError(
-            f"the checkpoint at {position} samples could not be written: {getattr(cause, 'strerror', None) or cause}",
-            where=str(final),
-            do="free space or correct the permissions, then resume; earlier checkpoints are untouched",
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        _tidy(folder, final, keep, pinned)
-    except OSError as error:
-        log.warning("old checkpoints in %s could not be removed: %s", folder, error)
-    return final
+        with _explained(position, folder / name, ranks):
+            draft, mark = together(ranks, lambda: _begin(folder, name, state) if first else ("", ""))[0]
+            written = _write(tensors, folder / draft / f"{TENSORS}{mark}", ranks)
+            everyones = ranks.gather({f"{TENSORS}{mark}/{file}": facts for file, facts in written.items()})
 
+            def finish() -> None:
+                files = {file: facts for each in everyones for file, facts in each.items()}
+                files[f"{STATE}{mark}.json"] = write(folder / draft / f"{STATE}{mark}.json", _text(state))
+                commit(folder / draft, folder, name, files)
 
-def _write(folder: Path, state: Mapping[str, Any], position: int) -> None:
-    """The three files of a checkpoint, COMMIT last, each on the disk before the next."""
-    path = folder / "state.pt"
-    with path.open("wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
-        os.fsync(file.fileno())
-    manifest = {
-        "format": FORMAT,
-        "position": position,
-        "bytes": path.stat().st_size,
-        "sha256": _sha256(path),
-        "torch": str(torch.__version__),
-    }
-    for name, text in (("manifest.json", json.dumps(manifest, indent=1)), ("COMMIT", str(position))):
-        with (folder / name).open("w", encoding="utf-8") as lines:
-            lines.write(text + "\n")
-            lines.flush()
-            os.fsync(lines.fileno())
-    _sync(folder)
-
-
-def _tidy(folder: Path, newest: Path, keep: int, pinned: Collection[int]) -> None:
-    """Move the `latest` pointer and remove what retention does not keep."""
-    pointer = folder / f"{_TEMPORARY}latest"
-    pointer.write_text(newest.name + "\n", encoding="utf-8")
-    pointer.replace(folder / "latest")
-    valid = [path for path in _candidates(folder) if _flaw(path) is None]
-    for path in valid[max(keep, 1) :]:
-        if path != newest and _position(path) not in pinned:
-            (path / "COMMIT").unlink()  # first, so that a half-removed checkpoint is none
-            shutil.rmtree(path)
-    _remove_temporary(folder)
-
-
-def latest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest valid checkpoint of a run or checkpoints folder, and «name: reason» for every one skipped.
-
-    Valid means committed, of a known format and of the recorded size; `load` compares the content as well.
-    """
-    try:
-        folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-        skipped = [f"{path.name}: the save was interrupted" for path in sorted(folder.glob(f"{_TEMPORARY}{_PREFIX}*"))]
-        for path in _candidates(folder):
-            flaw = _flaw(path)
-            if flaw is None:
-                return path, skipped
-            skipped.append(f"{path.name}: {flaw}")
-    except OSError as error:
-        raise _error(f"the checkpoints cannot be listed: {error.strerror or error}", folder) from error
-    return None, skipped
-
-
-def restore(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest checkpoint that can be read whole, its state, and «name: reason» for every one passed over.
-
-    Without any checkpoint: (None, {}, reasons). Raises CheckpointError when there are committed ones and none is
-    usable: starting anew over their run is the user's decision.
-    """
-    folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    skipped = latest(folder)[1] if folder.is_dir() else []
-    committed = [path for path in _candidates(folder) if (path / "COMMIT").is_file()]
-    for path in committed:
+            everywhere(ranks, lambda: finish() if first else None)
+    except BaseException:
+        if first:
+            with suppress(*Failure):
+                recover(folder)  # the error may have come after the commit
+                folder.clear()
+        raise
+    if first:
         try:
-            return path, load(path), skipped
-        except CheckpointError as error:
-            line = f"{path.name}: {error.what}"
-            skipped = [*(s for s in skipped if not s.startswith(f"{path.name}:")), line]
-    if committed:
+            tidy(folder, name, keep, keep_every)
+        except Failure as error:
+            log.warning("old checkpoints in %s could not be removed: %s", folder, said(error))
+    return (folder / name).location
+
+
+@contextmanager
+def _explained(position: int, final: Place, ranks: Ranks) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, OtherRankError, DataError, RuntimeError, CheckpointException) as error:
+        cause: BaseException = error
+        who = ""
+        if isinstance(error, CheckpointException):  # one error per rank that failed
+            rank, (cause, _) = next(iter(error.failures.items()))
+            who = f"rank {rank}: " if ranks.size > 1 else ""
+            if not isinstance(cause, Exception):  # a request to stop is none of these
+                raise cause from None
+        advice = f"{cause.do}; then resume" if isinstance(cause, DataError) else ""
         raise CheckpointError(
-            f"none of the {len(committed)} checkpoints can be used: {'; '.join(skipped)}",
+            f"the checkpoint at {position} samples could not be written: {who}{said(cause)}",
+            where=str(final),
+            do=(advice or "free space or correct the permissions, then resume") + "; earlier checkpoints are untouched",
+        ) from error
+
+
+def _begin(folder: Place, name: str, state: Mapping[str, Any]) -> tuple[str, str]:
+    """Make room for a new checkpoint: the name of the folder to write into, and the mark of its files."""
+    _text(state)  # before anything is touched
+    recover(folder)
+    draft, mark = folder.begin(name)
+    return draft.name, mark
+
+
+def _text(state: Mapping[str, Any]) -> str:
+    """The plain values as JSON. Raises CheckpointError for values that have no place there."""
+    try:
+        return json.dumps(dict(state), indent=1, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:  # at the first save, not at the resume a week later
+        raise CheckpointError(
+            f"the state could not be read back: {error}", do="put only JSON values into it"
+        ) from error
+
+
+def _write(tensors: Mapping[str, Tensor], folder: Place, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """Write the pieces that this rank holds; bytes and sha256 of the files it wrote."""
+    writer = Writer(folder)
+    state_dict_saver.save(dict(tensors), storage_writer=writer, process_group=ranks.group, no_dist=ranks.size == 1)
+    return writer.files
+
+
+def restore(location: Path | str, ranks: Ranks = ALONE) -> tuple[Location | None, dict[str, Any], list[str]]:
+    """The newest checkpoint that is what was saved, its plain values, and «name: reason» for those passed over.
+
+    The ranks share the checking of the content. Without any checkpoint: (None, {}, reasons). Raises CheckpointError
+    when there are committed ones and none is usable: starting anew over their run is the user's decision.
+    """
+    first, folder = ranks.rank == 0, place_of(location)
+    # The list of one rank for all: disks may show other ranks other files.
+    names, skipped = together(ranks, lambda: _listed(folder) if first else ([], []))[0]
+    for name in names:
+        path = folder / name
+        reason = next(filter(None, ranks.gather(_reason(path, ranks))), None)
+        if reason is None:
+            return path.location, together(ranks, partial(_values, path, first))[0], skipped
+        skipped = [*(s for s in skipped if not s.startswith(f"{name}:")), f"{name}: the checkpoint {reason}"]
+    if names:
+        raise CheckpointError(
+            f"none of the {len(names)} checkpoints can be used: {'; '.join(skipped)}",
             where=str(folder),
             do="repair or remove them; without them the run starts anew",
         )
     return None, {}, skipped
 
 
-def load(path: Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """The state in a checkpoint; `path` is a run folder, a checkpoints folder (newest valid one) or one checkpoint.
-
-    Raises CheckpointError when there is none, or it is unfinished, damaged, or of an unknown format.
-    """
+def _listed(folder: Place) -> tuple[list[str], list[str]]:
+    """Committed checkpoints, newest first, and what `latest` has to say of the folder."""
     try:
-        if not path.name.startswith(_PREFIX):
-            found, skipped = latest(path)
+        with suppress(PermissionError):
+            recover(folder)
+        return committed(folder), latest(folder.location)[1]
+    except Failure as error:
+        raise unlisted(folder, error) from error
+
+
+def _values(path: Place, first: bool) -> dict[str, Any]:
+    """The plain values, which the first rank reads for all."""
+    return read_state(path) if first else {}
+
+
+def _reason(path: Place, ranks: Ranks) -> str | None:
+    """Why a checkpoint cannot be used, as far as this rank can see: it reads its share of the content."""
+    try:
+        return flaw(path) or damage(path, ranks.rank, ranks.size)
+    except Failure as error:
+        return f"cannot be read: {said(error)}"
+
+
+def read(location: Path | str, tensors: Mapping[str, Tensor], ranks: Ranks = ALONE) -> None:
+    """Fill these tensors, plain or DTensors, from a checkpoint, whatever processes wrote it.
+
+    Raises CheckpointError, before any is changed, when the checkpoint has other names or shapes.
+    """
+    path = place(location)
+
+    def check() -> None:
+        check_tensors({name: facts.size for name, facts in _found(path).items()}, shapes(tensors), where=str(path))
+
+    everywhere(ranks, check)
+    try:
+        _fill(path, tensors, ranks)
+    except (OSError, DataError, RuntimeError, ValueError, CheckpointException) as error:
+        raise unusable(f"the tensors cannot be read: {said(error)}", path) from error
+
+
+def _found(path: Place) -> dict[str, TensorStorageMetadata]:
+    """Shape and dtype of every tensor in a checkpoint. Raises CheckpointError."""
+    try:
+        facts = Reader(part(path, TENSORS)).read_metadata().state_dict_metadata
+    except (*Failure, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise unusable(f"the tensors cannot be read: {said(error)}", path) from error
+    return {name: each for name, each in facts.items() if isinstance(each, TensorStorageMetadata)}
+
+
+def _fill(path: Place, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
+    reader = Reader(part(path, TENSORS))
+    state_dict_loader.load(dict(tensors), storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1)
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Name → shape."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def load(location: Path | str, prefix: str | None = "") -> dict[str, Any]:
+    """The plain values of a checkpoint and its tensors, whole and on the CPU, as `tensors`: {name: Tensor}.
+
+    `location` is a run folder, a folder or URL of checkpoints (newest valid one) or one checkpoint. Only tensors whose
+    name begins with `prefix` are read, without it (None: none at all). Raises CheckpointError when there is no
+    checkpoint, or it is unfinished, damaged, or of an unknown format.
+    """
+    path = place(location)
+    try:
+        if not path.name.startswith(PREFIX):
+            found, skipped = latest(location)
             if found is None:
                 names = "; ".join(skipped)
                 raise CheckpointError(
                     "there is no checkpoint" + f" (skipped {names})" * bool(names),
-                    where=str(path.resolve()),
+                    where=str(path.location.resolve()) if isinstance(path.location, Path) else str(path),
                     do="name a run folder; a run has its first checkpoint after train.checkpoint_every samples",
                 )
-            path = found
-        flaw = _flaw(path)
-        if flaw is None and _sha256(path / "state.pt") != _manifest(path)["sha256"]:
-            flaw = "is damaged: the sha256 of state.pt differs from the manifest"
-        if flaw is not None:
-            raise _error(f"the checkpoint {flaw}", path)
-        state = torch.load(path / "state.pt", map_location=map_location, weights_only=True)
-    except OSError as error:
-        raise _error(f"the checkpoint cannot be read: {error.strerror or error}", path) from error
-    except (UnpicklingError, RuntimeError) as error:
-        raise _error("state.pt does not hold a state of tensors and plain values", path) from error
-    if not isinstance(state, dict):
-        raise _error(f"state.pt holds {type(state).__name__}, not a state", path)
-    return state
+            path = place(found)
+        if reason := flaw(path) or damage(path):
+            raise unusable(f"the checkpoint {reason}", path)
+        state = read_state(path)
+        if prefix is None:
+            return state
+        wanted = {name: facts for name, facts in _found(path).items() if name.startswith(prefix)}
+        tensors = {name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in wanted.items()}
+        _fill(path, tensors, ALONE)
+    except (*Failure, ValueError, RuntimeError, MemoryError, OverflowError, CheckpointException) as error:
+        raise unusable(f"the checkpoint cannot be read: {said(error)}", path) from error
+    return {**state, "tensors": {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}}
 
 
-def check_model(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str = "") -> None:
-    """Raise CheckpointError unless both state dicts have the same names and shapes; names the first few that differ."""
+def check_tensors(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], where: str = "") -> None:
+    """Raise CheckpointError unless both have the same names and shapes; names the first few that differ."""
     shapes = [
-        f"{name} {list(found[name].shape)}, not {list(expected[name].shape)}"
+        f"{name} {list(found[name])}, not {list(expected[name])}"
         for name in expected
-        if name in found and found[name].shape != expected[name].shape
+        if name in found and found[name] != expected[name]
     ]
     lists = {
         "missing": [name for name in expected if name not in found],
@@ -197,79 +292,3 @@ def check_model(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], whe
             where=where,
             do="use the configuration of that checkpoint's run, or another checkpoint",
         )
-
-
-def _error(what: str, path: Path) -> CheckpointError:
-    return CheckpointError(what, where=str(path), do="take an earlier checkpoint, or start the run anew")
-
-
-def _refuse_objects(value: object, path: str) -> None:
-    """Fail at the first save, not at the resume a week later: weights_only reads tensors and plain values alone."""
-    if isinstance(value, dict) and type(value) in (dict, OrderedDict):
-        for key, item in value.items():
-            _refuse_objects(key, f"the key {key!r} of {path}")
-            _refuse_objects(item, f"{path}.{key}")
-    elif isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-        for index, item in enumerate(value):
-            _refuse_objects(item, f"{path}.{index}")
-    elif not isinstance(value, Tensor) and type(value) not in _PLAIN:
-        raise CheckpointError(
-            f"{path} is a {type(value).__module__}.{type(value).__qualname__}, which could not be read back",
-            do="put only tensors, numbers, text, lists and dicts into a state",
-        )
-
-
-def _candidates(folder: Path) -> list[Path]:
-    """Checkpoint folders, valid or not, newest first."""
-    found = [path for path in folder.glob(f"{_PREFIX}*") if path.is_dir() and path.name[len(_PREFIX) :].isdecimal()]
-    return sorted(found, key=_position, reverse=True)
-
-
-def _position(path: Path) -> int:
-    return int(path.name[len(_PREFIX) :])
-
-
-def _manifest(path: Path) -> dict[str, Any]:
-    return json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-
-
-def _flaw(path: Path) -> str | None:
-    """Why a folder is no checkpoint, or None; reads no weights."""
-    if not path.is_dir():
-        return "does not exist"
-    if not (path / "COMMIT").is_file():
-        return "has no COMMIT marker: the save was interrupted"
-    try:
-        manifest = _manifest(path)
-        version, size, _ = manifest["format"], manifest["bytes"], manifest["sha256"]
-    except FileNotFoundError:
-        return "has no manifest.json"
-    except (ValueError, KeyError, TypeError):
-        return "has an unreadable manifest.json"
-    if version != FORMAT:
-        return f"has the unknown format version {version}; this program reads {FORMAT}"
-    state = path / "state.pt"
-    if not state.is_file():
-        return "is damaged: state.pt is missing"
-    if state.stat().st_size != size:
-        return f"is damaged: state.pt has {state.stat().st_size} bytes, not {size}"
-    return None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(folder: Path) -> None:
-    """Flush a folder's list of names to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove_temporary(folder: Path) -> None:
-    for path in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path, ignore_errors=True)

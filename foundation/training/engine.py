@@ -1,18 +1,38 @@
-"""The one seam between the run and the machines it runs on: the only importer of torch.distributed."""
+"""The one seam between the run and the machines it runs on.
+
+This file knows one process, groups of processes and replicas (DDP); `sharded.py` knows FSDP2, `zero.py` DeepSpeed.
+Nothing else of the trainer imports torch.distributed.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from datetime import timedelta
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from foundation.config import Config
 from foundation.errors import ConfigError, LaunchError
+from foundation.models.initialise import initialise
+from foundation.training.average import Average
+from foundation.training.blocks import on_meta, poison, prepare
+from foundation.training.declared import declared
+from foundation.training.optim import MOMENTS, build_optimizer, rules
+from foundation.training.ranks import ALONE, Ranks
+
+Check = Callable[[Tensor], None]
+JOIN = timedelta(minutes=10)  # until all processes of a run have met
+LONG = timedelta(minutes=30)  # of a collective: the first ones wait for compilers and slow disks
 
 
 class Engine:
@@ -20,17 +40,107 @@ class Engine:
 
     name = "single"
 
-    def __init__(self) -> None:
-        self.rank, self.world_size = 0, 1
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.rank, self.local_rank, self.world_size = 0, 0, 1
+        cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")  # launch/accelerate/cpu.yaml
+        self.device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """The model as this engine trains it, on its device."""
-        return model.to(self.device)
+    def setup(self, build: Callable[[], nn.Module]) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model as this engine trains it, with its initial weights, and the optimiser."""
+        model = prepare(on_meta(build), self.config.train).to_empty(device=self.device)
+        poison(model)
+        initialise(model, self.config.seed)
+        optimizer = build_optimizer(model, rules(model, self.config.optim.weight_decay), self.config.optim)
+        return model, optimizer
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Around the forward pass: the arithmetic of `train.precision`."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16")
 
     def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """Around a micro-batch: gradients meet across processes only on the `last` one."""
+        """Around forward and backward of a micro-batch: gradients meet across processes only on the `last` one."""
         return nullcontext()
+
+    def backward(self, model: nn.Module, loss: Tensor) -> None:
+        """Add the gradients of a loss; over processes they become means."""
+        loss.backward()
+
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, check: Check) -> Tensor:
+        """Clip, `check` the norm, step at this learning rate and drop the gradients.
+
+        Returns the norm of the gradient of the global batch before clipping. What `check` raises stops the update.
+        """
+        limit = self.config.optim.grad_clip
+        norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf") if limit is None else limit)
+        norm = self.whole(norm)
+        check(norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm.detach().to(self.device)
+
+    def whole(self, value: Tensor) -> Tensor:
+        """A scalar of this engine as a plain tensor."""
+        return value
+
+    def average(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Average | None:
+        """The running average of the weights that the configuration asks for, beginning now."""
+        half_life, stride = self.config.optim.ema_half_life, self.config.train.global_batch
+        return Average(self.weights(model, optimizer), half_life, stride, self.local) if half_life else None
+
+    def weights(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """The fp32 weights that the optimiser changes, in the pieces that it holds."""
+        return dict(unwrap(model).named_parameters())
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The part of such a piece that lies in this process, sharing its memory."""
+        return tensor
+
+    def tensors(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None = None
+    ) -> dict[str, Tensor]:
+        """What a checkpoint holds of model and optimiser: the tensors themselves, to be read or filled in place.
+
+        `model.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME` for every parameter, under names that no engine changes;
+        `ema.NAME` with an average. Moments that no step has made yet are zero.
+        """
+        found = {f"ema.{name}": value for name, value in average.values.items()} if average else {}
+        for name, parameter in unwrap(model).named_parameters():
+            state = optimizer.state[parameter]
+            for moment in MOMENTS:
+                if moment not in state:
+                    state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
+            # Where the fused optimiser expects it; it would make none of its own beside the moments.
+            state.setdefault("step", torch.zeros((), dtype=torch.float32, device=parameter.device))
+            found[f"model.{name}"] = parameter.detach()
+            found |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
+        return found
+
+    def copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same values in host memory of their own, for a save that goes on beside the training."""
+        return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    def loaded(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: Average | None,
+        filled: dict[str, Tensor],
+        steps: int,
+    ) -> None:
+        """Go on from `tensors` that a checkpoint has filled, after so many updates."""
+        for state in optimizer.state.values():
+            state["step"].fill_(steps)
+
+    def ranks(self) -> Ranks:
+        """A group of its own on the CPU, for what happens beside the training."""
+        return ALONE
+
+    def agree(self, flag: bool) -> Callable[[], bool]:
+        """Begin to ask all processes; the function that is returned waits for the answer: whether any says yes."""
+        return lambda: flag
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean of a tensor over all processes."""
@@ -44,40 +154,89 @@ class Engine:
         """Leave the process group."""
 
 
-class DDP(Engine):
-    """Replicas with averaged gradients: gloo on CPUs, nccl on GPUs."""
+class Group(Engine):
+    """What engines of several processes share: gloo on CPUs, nccl on GPUs, one device per process."""
 
-    name = "ddp"
+    name = "group"
 
-    def __init__(self) -> None:
-        super().__init__()
-        missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-        if missing:
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        launched = declared()
+        if launched.missing:
             raise LaunchError(
-                f"engine ddp needs {', '.join(missing)} in the environment",
+                f"engine {self.name} needs {', '.join(launched.missing)} in the environment",
                 where="train.engine",
                 do="start with: torchrun --nproc-per-node N -m foundation train CONFIG",
             )
+        self.local_rank = launched.local_rank
+        self._agreement: Any = None
         if self.device.type == "cuda":
-            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            if self.local_rank >= torch.cuda.device_count():
+                raise LaunchError(
+                    f"process {self.local_rank} of this node has no GPU: {torch.cuda.device_count()} are seen",
+                    where=socket.gethostname(),
+                    do="start as many processes per node as it has GPUs",
+                )
+            self.device = torch.device("cuda", self.local_rank)
             torch.cuda.set_device(self.device)
-        dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self._own = not dist.is_initialized()
+        if self._own:
+            self.join()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        if self.world_size != int(os.environ["WORLD_SIZE"]):
+        self._check(launched.world_size)
+
+    def join(self) -> None:
+        """Enter the process group. Raises LaunchError when the others cannot be reached."""
+        backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "cpu:gloo"
+        try:
+            store, rank, size = next(rendezvous("env://", timeout=JOIN))
+            store.set_timeout(LONG)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=LONG)
+        except (dist.DistError, ValueError, OSError) as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise LaunchError(
-                f"the group has {self.world_size} processes, the launcher declared {os.environ['WORLD_SIZE']}",
-                do="start all processes with one launcher",
-            )
+                f"the process group cannot be formed: {error}",
+                where=place,
+                do="see that this address resolves and can be reached from every node, and that all processes start",
+            ) from error
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """A replica that starts from rank 0's weights."""
-        ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model.to(self.device), device_ids=ids, gradient_as_bucket_view=True)
+    def _check(self, declared_size: int) -> None:
+        """Raise LaunchError unless all processes are parts of the same training, each on a device of its own."""
+        mine = (self.name, self.world_size, declared_size, socket.gethostname(), str(self.device), os.getpid())
+        every: list[Any] = [None] * self.world_size
+        dist.all_gather_object(every, mine)
+        problem = ""
+        if {row[:3] for row in every} != {(self.name, declared_size, declared_size)}:
+            problem = "the processes disagree on engine or world size"
+        elif self.device.type == "cuda" and len({row[3:5] for row in every}) < self.world_size:
+            problem = "two processes share a GPU"
+        if problem:
+            rows = "; ".join(f"rank {rank}: {' '.join(map(str, row))}" for rank, row in enumerate(every))
+            what = f"{problem} (engine, world size, declared world size, host, device, process): {rows}"
+            raise LaunchError(what, do="start all processes with one launcher and the same configuration")
 
-    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
-        """`no_sync` on all but the last micro-batch."""
-        assert isinstance(model, DistributedDataParallel)
-        return nullcontext() if last else model.no_sync()
+    def ranks(self) -> Ranks:
+        """A new gloo group; every process has to ask for it at the same time."""
+        group: Any = dist.new_group(backend="gloo", timeout=LONG)
+
+        def gather(value: Any) -> list[Any]:
+            every: list[Any] = [None] * self.world_size
+            dist.all_gather_object(every, value, group)
+            return every
+
+        return Ranks(self.rank, self.world_size, gather, group)
+
+    def agree(self, flag: bool) -> Callable[[], bool]:
+        """An asynchronous maximum on the CPU, in a group that nothing else uses."""
+        self._agreement = self._agreement or dist.new_group(backend="gloo", timeout=LONG)
+        value = torch.tensor(int(flag))
+        work = dist.all_reduce(value, dist.ReduceOp.MAX, self._agreement, async_op=True)
+
+        def answer() -> bool:
+            work.wait()
+            return bool(value)
+
+        return answer
 
     def mean(self, value: Tensor) -> Tensor:
         """All-reduced mean."""
@@ -93,45 +252,99 @@ class DDP(Engine):
 
     def close(self) -> None:
         """Destroy the group, so that a finished run leaves no socket behind."""
-        dist.destroy_process_group()
+        if self._own:
+            dist.destroy_process_group()
+
+
+class DDP(Group):
+    """Replicas with averaged gradients."""
+
+    name = "ddp"
+
+    def setup(self, build: Callable[[], nn.Module]) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """A replica; every process computes the same initial weights."""
+        model, optimizer = super().setup(build)
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True), optimizer
+
+    def accumulate(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """`no_sync` on all but the last micro-batch."""
+        assert isinstance(model, DistributedDataParallel)
+        return nullcontext() if last else model.no_sync()
 
 
 class Row(NamedTuple):
     """An engine, what it is for, and why it cannot run here ('' when it can)."""
 
-    start: Callable[[], Engine]
+    start: Callable[[Config], Engine]
     description: str
     unavailable: str = ""
 
 
+def _lazy(module: str, name: str) -> Callable[[Config], Engine]:
+    return lambda config: getattr(import_module(f"foundation.training.{module}"), name)(config)
+
+
 NO_GROUPS = "" if dist.is_available() else "this torch was built without torch.distributed"
+NO_ZERO = NO_GROUPS or ("" if find_spec("deepspeed") else "needs DeepSpeed: pip install 'sar-foundation[deepspeed]'")
 ENGINES = {
     "single": Row(Engine, "one process, one device"),
-    "ddp": Row(DDP, "replicas with averaged gradients; torchrun or accelerate launch start the processes", NO_GROUPS),
+    "ddp": Row(DDP, "replicas with averaged gradients; a launcher starts the processes", NO_GROUPS),
+    "fsdp2": Row(_lazy("sharded", "FSDP2"), "parameters, gradients and moments spread over all processes", NO_GROUPS),
+    "hsdp": Row(_lazy("sharded", "HSDP"), "spread inside a node (train.shard_size), replicas between nodes", NO_GROUPS),
+    "zero1": Row(_lazy("zero", "Zero1"), "DeepSpeed: moments spread over all processes", NO_ZERO),
+    "zero2": Row(_lazy("zero", "Zero2"), "DeepSpeed: moments and gradients spread", NO_ZERO),
+    "zero3": Row(_lazy("zero", "Zero3"), "DeepSpeed: parameters, moments and gradients spread", NO_ZERO),
 }
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The plain model inside an engine's or the compiler's wrapper; checkpoints never show either."""
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
-    return getattr(model, "_orig_mod", model)
+    """The plain model inside an engine's wrapper; checkpoints never show it."""
+    return model.module if isinstance(model, DistributedDataParallel) else getattr(model, "module", model)
 
 
-def start(name: str) -> Engine:
-    """The engine a configuration names; `auto` is ddp when a launcher declared several processes.
+def start(config: Config) -> Engine:
+    """The engine of a configuration; `auto` is what the launcher declared, ddp for several processes without a word.
 
-    Raises ConfigError for an unknown name, LaunchError when name and environment contradict each other: N processes
-    with the single engine would be N independent trainings.
+    Raises ConfigError for an unknown name, LaunchError when configuration and environment contradict each other: N
+    processes with the single engine would be N independent trainings.
     """
-    declared = int(os.environ.get("WORLD_SIZE", "1"))
-    name = ("ddp" if declared > 1 else "single") if name == "auto" else name
-    if name not in ENGINES:
+    name, launched = config.train.engine, declared()
+    if name not in ("auto", *ENGINES):
         raise ConfigError(f"unknown engine {name!r}", where="train.engine", do=f"choose auto, {', '.join(ENGINES)}")
-    if name == "single" and declared > 1:
+    if name == "auto":
+        name = launched.engine or ("ddp" if launched.world_size > 1 else "single")
+    if name == "single" and launched.world_size > 1:
         raise LaunchError(
-            f"engine single, but {declared} processes were started: they would train {declared} separate models",
+            f"engine single, but {launched.world_size} processes were started: they would train "
+            f"{launched.world_size} separate models",
             where="train.engine",
             do="use train.engine=auto, or start one process",
         )
-    return ENGINES[name].start()
+    if launched.engine and launched.engine != name:
+        raise LaunchError(
+            f"the configuration says engine {name}, accelerate launch declares {launched.engine}",
+            where="train.engine",
+            do=f"use train.engine=auto, or another accelerate configuration than the one for {launched.engine}",
+        )
+    if config.train.float8 and (name not in ("fsdp2", "hsdp") or config.train.precision != "bf16"):
+        raise ConfigError(
+            f"float8 does not go with engine {name} in {config.train.precision}",
+            where="train.float8",
+            do="use train.engine=fsdp2 or hsdp with train.precision=bf16, or train.float8=false",
+        )
+    if config.train.offload and name in ("single", "ddp"):
+        raise ConfigError(
+            f"engine {name} keeps its state on the device",
+            where="train.offload",
+            do="use train.engine=fsdp2, hsdp or zero1 to zero3, or train.offload=false",
+        )
+    if config.train.shard_size and name != "hsdp":
+        raise ConfigError(
+            f"engine {name} has no groups of processes",
+            where="train.shard_size",
+            do="use train.engine=hsdp, or train.shard_size=null",
+        )
+    if reason := ENGINES[name].unavailable:
+        raise LaunchError(f"engine {name} cannot run here: {reason}", where="train.engine", do="choose another engine")
+    return ENGINES[name].start(config)

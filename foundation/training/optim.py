@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from foundation.config import OptimConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter, beside the number of updates
 
 
 class Rule(NamedTuple):
@@ -36,14 +39,10 @@ def rule_table(model: nn.Module, optim: OptimConfig) -> list[tuple[str, ...]]:
     ]
 
 
-def build_optimizer(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, table: Sequence[Rule], optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the rule table; the learning rate is set before every step."""
     parameters = dict(model.named_parameters())
-    groups = [
-        {"params": [parameters[n] for n in r.names], "weight_decay": r.weight_decay}
-        for r in rules(model, optim.weight_decay)
-        if r.names
-    ]
+    groups = [{"params": [parameters[n] for n in r.names], "weight_decay": r.weight_decay} for r in table if r.names]
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,20 @@ from foundation.training.data import (
     open_stream,
     report_replaced,
 )
+from foundation.training.lock import owned
 from foundation.training.meters import Throughput
+from foundation.training.places import home
+from foundation.training.ranks import Ranks, everywhere
+from foundation.training.saving import Saver
 from foundation.training.setup import build_learner, describe, refuse_overwrite, restore, save, write_record
 from foundation.training.step import Learner, train_step
+from foundation.training.stopping import STOP_FILE, Stopped, Watch
 from foundation.training.tracking import Status, Tracker, open_tracker
 from shards.addressed import bits
 from shards.catalog import Catalog
 from shards.stream import Batch, Stream
 
+COMMITTED = "committed"  # in the run folder: samples seen by the newest checkpoint, wherever it is
 HASH_MASK = (1 << 48) - 1  # exact as a float64, which is what trackers keep
 
 
@@ -39,21 +46,33 @@ def train(config: Config, resume: bool = True) -> Path:
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    engine = engines.start(config.train.engine)
+    engine = engines.start(config)
+    first = engine.rank == 0
     try:
-        return _train(config, engine, resume)
+        with ExitStack() as held:
+            ranks = engine.ranks()
+            everywhere(ranks, lambda: [held.enter_context(owned(f)) for f in written(config)] if first else None)
+            return _train(config, engine, ranks, resume)
     finally:
         engine.close()
 
 
-def _train(config: Config, engine: engines.Engine, resume: bool) -> Path:
-    catalog = open_data(config, check=engine.rank == 0)
+def written(config: Config) -> list[Path]:
+    """Folders that only one run may write to."""
+    chosen = home(config)
+    return [config.run_folder, *([chosen] if config.train.checkpoints and isinstance(chosen, Path) else [])]
+
+
+def _train(config: Config, engine: engines.Engine, ranks: Ranks, resume: bool) -> Path:
+    catalog = everywhere(ranks, lambda: open_data(config, check=engine.rank == 0))
     learner = build_learner(config, engine)
     folder = config.run_folder
-    state, notes = restore(learner, catalog, folder) if resume else (None, refuse_overwrite(folder))
+    state, notes = restore(learner, catalog, folder, ranks) if resume else (None, refuse_overwrite(config))
     position = state["position"] if state else 0
     check_agreement(engine, catalog, config, position)
     record = write_record(learner, catalog) if engine.rank == 0 else []
+    if engine.rank == 0:
+        (folder / STOP_FILE).unlink(missing_ok=True)  # it was for the run before
     stream = open_stream(config, catalog, engine, position)
     tracker = open_tracker(config, rank=engine.rank, position=position, run_id=state["run_id"] if state else None)
     status: Status = "FAILED"
@@ -65,10 +84,16 @@ def _train(config: Config, engine: engines.Engine, resume: bool) -> Path:
             tracker.note(line)
         if position >= last_position(config):
             tracker.note(f"already complete: {position:,} samples")
-        loop(learner, catalog, stream, tracker, position)
+        t = config.train
+        with Saver(home(config), ranks, t.keep, t.keep_every, t.async_checkpoint, folder / COMMITTED) as saver:
+            loop(learner, saver, catalog, stream, tracker, position)
         if engine.rank == 0:
             publish(folder, catalog, tracker)
         status = "FINISHED"
+    except Stopped as stopped:
+        status = "KILLED"
+        tracker.note(str(stopped))
+        raise
     except KeyboardInterrupt:
         status = "KILLED"
         tracker.note("stopped; the same command continues from the last checkpoint")
@@ -87,11 +112,13 @@ def publish(folder: Path, catalog: Catalog, tracker: Tracker) -> None:
     tracker.note(f"report: {page}")
 
 
-def loop(learner: Learner, catalog: Catalog, stream: Stream, tracker: Tracker, position: int) -> None:
+def loop(learner: Learner, saver: Saver, catalog: Catalog, stream: Stream, tracker: Tracker, position: int) -> None:
     """Consume the stream; the position advances after each update, and with it everything that is due."""
     config, engine = learner.config, learner.engine
     train, end = config.train, last_position(config)
     meter, replaced, told = Throughput(), 0, 0
+    stall: dict[str, float] = {}
+    watch = Watch(config.run_folder, engine.agree)
     steps = whole_steps(stream, train.global_batch // engine.world_size)
     while position < end:
         with meter.waiting():
@@ -105,9 +132,14 @@ def loop(learner: Learner, catalog: Catalog, stream: Stream, tracker: Tracker, p
             if (total := engine.sum_int(replaced)) > told:
                 tracker.note(f"{total} damaged samples were replaced so far; see {config.run_folder / REPLACED}")
                 told = total
-            tracker.log(position, reduce_metrics(learner, values, position, batches) | meter.read())
-        if finished or crossed(position, train.checkpoint_every, train.global_batch):
-            save(learner, catalog, tracker.run_id, position)
+            tracker.log(position, reduce_metrics(learner, values, position, batches) | meter.read() | stall)
+            stall = {}
+        stop = not finished and watch.stop()
+        if finished or stop or crossed(position, train.checkpoint_every, train.global_batch):
+            stall = {"checkpoint_stall_s": save(learner, saver, catalog, tracker.run_id, position)}
+        if stop:
+            saver.wait()
+            raise Stopped(position, watch.reason() or "asked on another process")
 
 
 def crossed(position: int, every: int, stride: int) -> bool:

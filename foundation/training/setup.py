@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from foundation.files import write_whole
 from foundation.objectives.registry import build
 from foundation.training import checkpoint
 from foundation.training import engine as engines
+from foundation.training.blocks import on_meta
 from foundation.training.data import FREE, coverage, micro_batch
 from foundation.training.meters import environment
-from foundation.training.optim import build_optimizer, rule_table
+from foundation.training.optim import rule_table
+from foundation.training.places import home
+from foundation.training.ranks import Ranks
+from foundation.training.saving import Saver
 from foundation.training.step import Learner
 from kernels.rpe_attention import resolve
 from shards.augment import Augment
@@ -27,28 +32,19 @@ ENVIRONMENT = "environment.json"
 
 
 def build_learner(config: Config, engine: engines.Engine) -> Learner:
-    """Objective, model (same weights on every rank), optimiser and augmentation."""
+    """Objective, model (same initial weights whatever the engine), optimiser and augmentation."""
     objective = build(config)
-    torch.manual_seed(config.seed)
-    model = objective.build_model().to(engine.device)
-    # The optimiser sees the plain model, so that its parameter order never depends on the engine.
-    optimizer = build_optimizer(model, config.optim)
-    wrapped = engine.wrap(torch.compile(model) if config.train.compile else model)  # type: ignore[arg-type]
+    model, optimizer = engine.setup(objective.build_model)
     d = config.data
-    return Learner(
-        config,
-        engine,
-        objective,
-        wrapped,
-        optimizer,
-        Augment(d.image_size, d.crop_scale, d.crop_ratio, d.flip, d.contrast),
-    )
+    augment = Augment(d.image_size, d.crop_scale, d.crop_ratio, d.flip, d.contrast)
+    return Learner(config, engine, objective, model, optimizer, augment, engine.average(model, optimizer))
 
 
 def describe(learner: Learner, catalog: Catalog) -> list[str]:
     """What a reader of the log wants to know before the first number."""
     config, engine = learner.config, learner.engine
-    count = sum(p.numel() for p in learner.model.parameters())
+    plain = on_meta(learner.objective.build_model)  # engines may hide shapes
+    count = sum(p.numel() for p in plain.parameters())
     micro = micro_batch(config, engine.world_size)
     accumulated = config.train.global_batch // engine.world_size // micro
     lines = [
@@ -59,46 +55,41 @@ def describe(learner: Learner, catalog: Catalog) -> list[str]:
         f"{config.train.global_batch} = {engine.world_size} x {micro} x {accumulated} accumulated",
         f"config: {config_hash(config)}",
     ]
-    rows = rule_table(engines.unwrap(learner.model), config.optim)
+    rows = rule_table(plain, config.optim)
     return lines + [f"optimiser group: {name}: {n} tensors, {p} parameters, decay {wd}" for name, n, p, wd in rows]
 
 
-def save(learner: Learner, catalog: Catalog, run_id: str | None, position: int) -> None:
-    """A checkpoint of everything a resume needs: tensors, one integer and what that integer refers to."""
-    config, engine = learner.config, learner.engine
-    failure: CheckpointError | None = None
-    if engine.rank == 0:
-        state = {
-            "model": engines.unwrap(learner.model).state_dict(),
-            "optimizer": learner.optimizer.state_dict(),
-            "position": position,
-            "fingerprint": catalog.fingerprint,
-            "config": to_dict(config),
-            "run_id": run_id,
-        }
-        try:
-            checkpoint.save(config.run_folder / "checkpoints", state, position, keep=config.train.keep)
-        except CheckpointError as error:
-            failure = error
-    # Every rank learns of a failed save here; without it the others would wait for rank 0 at the next update.
-    failures = engine.sum_int(int(failure is not None))
-    if failure is not None:
-        raise failure
-    if failures:
-        raise CheckpointError("rank 0 could not save the checkpoint", where=f"rank {engine.rank}", do="see its message")
+def save(learner: Learner, saver: Saver, catalog: Catalog, run_id: str | None, position: int) -> float:
+    """Begin a checkpoint of all that a resume needs: tensors, one integer, and what that integer refers to.
+
+    Returns the seconds for which the training stood still. Raises CheckpointError when the save before has failed.
+    """
+    began, engine = time.perf_counter(), learner.engine
+    saver.wait()  # before the copy: two of them may not fit
+    tensors = engine.copies(engine.tensors(learner.model, learner.optimizer, learner.average))
+    state = {
+        "position": position,
+        "fingerprint": catalog.fingerprint,
+        "config": to_dict(learner.config),
+        "run_id": run_id,
+        "engine": engine.name,
+        "world_size": engine.world_size,
+    }
+    saver.save(tensors, state, position)
+    return time.perf_counter() - began
 
 
-def restore(learner: Learner, catalog: Catalog, folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+def restore(learner: Learner, catalog: Catalog, folder: Path, ranks: Ranks) -> tuple[dict[str, Any] | None, list[str]]:
     """Load the newest valid checkpoint of this run, if any, and say what was skipped on the way.
 
     Raises CheckpointError when what decides samples, task or schedule differs from the checkpoint: a resume that
     silently sees other samples is not one. Processes, workers, precision and backends may change.
     """
-    path, state, skipped = checkpoint.restore(folder)
+    path, state, skipped = checkpoint.restore(home(learner.config), ranks)
     notes = [f"skipped checkpoint {reason}" for reason in skipped]
     if path is None:
         return None, notes
-    if "optimizer" not in state:
+    if "imported_from" in state:
         raise CheckpointError(
             "this run folder holds an imported encoder, not a run that can go on",
             where=str(folder),
@@ -107,6 +98,7 @@ def restore(learner: Learner, catalog: Catalog, folder: Path) -> tuple[dict[str,
     config = learner.config
     then, now = state["config"], to_dict(config)
     fixed = [("seed",), ("train", "global_batch"), ("train", "samples")]
+    fixed += [("name",)] if config.train.checkpoints else []  # a folder or URL that another run writes to
     fixed += [("data", key) for key in now["data"] if key not in FREE]
     fixed += [("model", key) for key in now["model"] if key != "attention"]
     fixed += [(section, key) for section in ("objective", "optim") for key in now[section]]
@@ -119,11 +111,12 @@ def restore(learner: Learner, catalog: Catalog, folder: Path) -> tuple[dict[str,
             where=str(path),
             do="resume with its config.yaml and the data as it was, or start a new run with another `name`",
         )
-    plain = engines.unwrap(learner.model)
-    checkpoint.check_model(state["model"], plain.state_dict(), where=str(path))
-    plain.load_state_dict(state["model"])
-    learner.optimizer.load_state_dict(state["optimizer"])
-    return state, [*notes, f"resumed from {path.name}"]
+    engine, parts = learner.engine, (learner.model, learner.optimizer, learner.average)
+    tensors = engine.tensors(*parts)
+    checkpoint.read(path, tensors, ranks)
+    engine.loaded(*parts, tensors, state["position"] // config.train.global_batch)
+    before = f" of {state['engine']} on {state['world_size']} process(es)"
+    return state, [*notes, f"resumed from {path.name}{before}"]
 
 
 def dig(tree: Any, keys: tuple[str, ...]) -> Any:
@@ -133,13 +126,13 @@ def dig(tree: Any, keys: tuple[str, ...]) -> Any:
     return tree
 
 
-def refuse_overwrite(folder: Path) -> list[str]:
-    """Nothing is lost: a fresh start in a folder that holds checkpoints is an error."""
-    path, _ = checkpoint.latest(folder / "checkpoints")
+def refuse_overwrite(config: Config) -> list[str]:
+    """Nothing is lost: a fresh start where there are checkpoints is an error."""
+    path, _ = checkpoint.latest(home(config))
     if path is not None:
         raise CheckpointError(
             f"the run folder already holds {path.name}",
-            where=str(folder),
+            where=str(config.run_folder),
             do="resume it (drop --fresh), choose another `name`, or move the folder away",
         )
     return []

@@ -1,4 +1,4 @@
-"""One update: micro-batches → clip → finite check → AdamW."""
+"""One update: micro-batches → clip → finite check → AdamW → average of the weights."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from foundation.config import Config
 from foundation.errors import NumericsError
 from foundation.objectives.registry import Objective
+from foundation.training.average import Average
 from foundation.training.engine import Engine
 from foundation.training.optim import learning_rate, peak_lr
 from shards.augment import Augment
@@ -26,6 +27,7 @@ class Learner(NamedTuple):
     model: nn.Module
     optimizer: torch.optim.Optimizer
     augment: Augment
+    average: Average | None = None
 
     def lr(self, position: int) -> float:
         """The learning rate after `position` samples."""
@@ -41,34 +43,30 @@ def train_step(learner: Learner, batches: Sequence[Batch], position: int) -> dic
     Returns detached scalars on the device, means over this rank's micro-batches, and the gradient norm of the global
     batch. Raises NumericsError before the update when the gradient norm is not finite.
     """
-    config, engine, objective, model, optimizer, augment = learner
+    config, engine, objective, model, optimizer, augment, average = learner
     totals: dict[str, Tensor] = {}
     for index, cpu_batch in enumerate(batches):
         batch = cpu_batch.to(engine.device)
         images = augment(batch, config.seed)
         inputs = objective.prepare(images, batch.position)
         with engine.accumulate(model, last=index == len(batches) - 1):
-            with torch.autocast(engine.device.type, torch.bfloat16, enabled=config.train.precision == "bf16"):
+            with engine.autocast():
                 prediction = model(*inputs.model_args)
             loss, parts = objective.loss(prediction, inputs)
-            (loss / len(batches)).backward()
+            engine.backward(model, loss / len(batches))
         for name, value in {"loss": loss.detach(), **parts}.items():
             totals[name] = totals.get(name, 0.0) + value / len(batches)
-    limit = config.optim.grad_clip
-    norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf") if limit is None else limit)
-    _check_finite(norm, position)
-    for group in optimizer.param_groups:
-        group["lr"] = learner.lr(position)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {**totals, "grad_norm": norm.detach()}
+    norm = engine.update(model, optimizer, learner.lr(position), lambda norm: _check_finite(norm, position))
+    if average:
+        average.update()
+    return {**totals, "grad_norm": norm}
 
 
 def _check_finite(norm: Tensor, position: int) -> None:
     # One synchronisation per update: the price of never applying a gradient that is not finite.
     if not torch.isfinite(norm):
         raise NumericsError(
-            f"the gradient norm is {norm.item()}; the weights were not changed",
+            f"the gradient norm is {norm.item()}; no checkpoint holds anything of it",
             where=f"sample {position}",
             do="resume with train.precision=fp32, or start a new run with optim.grad_clip=1.0 or a lower optim.lr",
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,6 @@ def torchrun(world: int, *arguments: object) -> tuple[int, str]:
     return finish(start(*arguments, program=launcher))
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Path:
     """The folder of runs by 2 and by 4 processes: from the start (`whole-N`), and from the middle of the
@@ -36,8 +29,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Path:
     tiny = finished.parents[1] / "tiny.yaml"
     for world, workers in zip(WORLDS, (1, 0), strict=True):
         interrupted(finished, root / f"resumed-{world}", 48)
-        whole = (free_port(), f"run_root={root}", f"name=whole-{world}", f"data.workers={workers}")
-        resumed = (free_port(), f"run_root={root}", f"name=resumed-{world}", f"data.workers={2 - workers}")
+        whole = (f"run_root={root}", f"name=whole-{world}", f"data.workers={workers}")
+        resumed = (f"run_root={root}", f"name=resumed-{world}", f"data.workers={2 - workers}")
         code, output = torchrun(world, SCRIPT, tiny, *whole, "--", *resumed)
         assert code == 0, output
         assert f"engine: ddp, {world} process(es)" in output

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,34 +13,53 @@ from processes import finish, interrupted, position, record, same_state, start, 
 
 from foundation.config import Config
 from foundation.training.checkpoint import latest, load, save
+from foundation.training.places import place
 from foundation.training.run import train
 from shards import catalog as catalogs
 from shards import synthetic
 
 Make = Callable[..., Config]
 Command = Callable[..., Any]
-SAMPLES = 320  # 40 updates, a line for each, a checkpoint after every second one
 
 
-@pytest.mark.slow
-def test_three_kills_at_random_moments_leave_no_trace(tiny_config: Make, tiny_yaml: Path) -> None:
-    length = f"train.samples={SAMPLES}"
-    whole = train(tiny_config(length, "name=whole"))
-    killed, rng = whole.with_name("killed"), random.Random(0)
-    for third in range(3):
-        process = start("train", tiny_yaml, length, "name=killed")
-        fresh = rng.randrange(SAMPLES * (4 * third + 1) // 16, SAMPLES * (4 * third + 3) // 16)
-        wait(process, lambda fresh=fresh: position(killed) > fresh)
-        time.sleep(rng.uniform(0, 0.03))  # a random moment: inside an update, a line or a checkpoint
-        process.kill()
-        code, output = finish(process)
-        assert code == -signal.SIGKILL, output
-    code, output = finish(start("train", tiny_yaml, length, "name=killed"))
+def test_a_killed_process_goes_on_as_if_nothing_had_happened(
+    tiny_config: Make, tiny_yaml: Path, finished: Path
+) -> None:
+    """Fifty kills of the same kind, without the command line, are in test_checkpoint_crashes.py."""
+    killed = tiny_config().run_folder
+    process = start("train", tiny_yaml)
+    wait(process, lambda: position(killed) >= 32)
+    process.kill()
+    code, output = finish(process)
+    assert code == -signal.SIGKILL, output
+    code, output = finish(start("train", tiny_yaml))
     assert code == 0, output
     assert "resumed from samples-" in output
-    assert len(record(whole)) == SAMPLES // 8
-    assert record(killed) == record(whole)
-    assert same_state(killed, whole)
+    assert record(killed) == record(finished)
+    assert same_state(killed, finished)
+
+
+def test_a_run_whose_checkpoints_are_in_an_object_store_goes_on_from_there(
+    tiny_config: Make, finished: Path, command: Command, tiny_yaml: Path
+) -> None:
+    url = f"memory://{tiny_yaml.parent.name}/checkpoints"
+    run = train(tiny_config(f"train.checkpoints={url}"))
+    assert not (run / "checkpoints").exists()
+    assert record(run) == record(finished)
+    assert same_state(run, finished)  # the run folder leads there
+    for name in ("samples-000000000080", "samples-000000000096"):
+        place(f"{url}/{name}").remove()
+    code, _, err = command("train", tiny_yaml, f"train.checkpoints={url}")
+    assert code == 0
+    assert "resumed from samples-000000000064" in err
+    assert record(run) == record(finished)
+    assert same_state(run, finished)
+    code, _, err = command("train", tiny_yaml, f"train.checkpoints={url}", "name=other")
+    assert code == 2
+    assert "this run was started with other values of: name" in err
+    code, _, err = command("train", tiny_yaml, f"train.checkpoints={url}", "--fresh")
+    assert code == 2
+    assert "the run folder already holds samples-000000000096" in err
 
 
 def test_the_number_of_loader_processes_may_change_at_a_resume(tiny_config: Make, finished: Path) -> None:
@@ -128,10 +145,13 @@ def test_an_unfinished_checkpoint_is_skipped_and_named(
     assert latest(run)[0] == run / "checkpoints" / "samples-000000000096"
 
 
+PIECE = "tensors/00000-of-00001.safetensors"
+
+
 def damage(checkpoint: Path) -> None:
-    data = bytearray((checkpoint / "state.pt").read_bytes())
+    data = bytearray((checkpoint / PIECE).read_bytes())
     data[len(data) // 2] ^= 1
-    (checkpoint / "state.pt").write_bytes(data)
+    (checkpoint / PIECE).write_bytes(data)
 
 
 def test_a_damaged_checkpoint_is_skipped_and_named(
@@ -141,7 +161,7 @@ def test_a_damaged_checkpoint_is_skipped_and_named(
     damage(run / "checkpoints" / "samples-000000000064")
     code, _, err = command("train", tiny_yaml)
     assert code == 0
-    reason = "the checkpoint is damaged: the sha256 of state.pt differs from the manifest"
+    reason = f"the checkpoint is damaged: the sha256 of {PIECE} differs from the manifest"
     assert f"skipped checkpoint samples-000000000064: {reason}" in err
     assert "resumed from samples-000000000048" in err
     assert record(run) == record(finished)
@@ -165,14 +185,15 @@ def test_the_checkpoint_of_another_model_is_refused(
 ) -> None:
     run = interrupted(finished, tiny_config().run_folder, 48)
     state = load(run)
-    state["model"]["encoder.cls_token"] = state["model"]["encoder.cls_token"][..., :64]
-    state["model"]["encoder.extra"] = state["model"].pop("mask_token")
-    save(run / "checkpoints", state, 48)
+    tensors = state.pop("tensors")
+    tensors["model.encoder.cls_token"] = tensors["model.encoder.cls_token"][..., :64]
+    tensors["model.encoder.extra"] = tensors.pop("model.mask_token")
+    save(run / "checkpoints", tensors, state, 48)
     code, _, err = command("train", tiny_yaml)
     assert code == 2
     assert "CheckpointError: the checkpoint is of another model; " in err
-    assert "1 missing: mask_token" in err
-    assert "1 unexpected: encoder.extra" in err
-    assert "1 of another shape: encoder.cls_token [1, 1, 64], not [1, 1, 96]" in err
+    assert "1 missing: model.mask_token" in err
+    assert "1 unexpected: model.encoder.extra" in err
+    assert "1 of another shape: model.encoder.cls_token [1, 1, 64], not [1, 1, 96]" in err
     assert "use the configuration of that checkpoint's run, or another checkpoint" in err
     assert record(run) == record(finished)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from object_store import DATA, FORK, STEADY, ObjectServer, item
+from object_store import DATA, FORK, STEADY, ObjectServer, item, point_to
 from torch.utils.data import DataLoader, Dataset
 
 from shards import store as module
@@ -37,16 +37,8 @@ def upstream() -> Iterator[str]:
 @pytest.fixture
 def server(upstream: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer]:
     """The proxy; the environment points every client to it."""
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    nowhere = {"AWS_CONFIG_FILE": "/dev/null", "AWS_SHARED_CREDENTIALS_FILE": "/dev/null", "no_proxy": "127.0.0.1"}
-    known = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "hunter2", "AWS_EC2_METADATA_DISABLED": "true"}
     with ObjectServer(upstream=upstream, slow=1) as proxy:
-        for name, value in {**nowhere, **known, "AWS_ENDPOINT_URL": proxy.url, "AWS_REGION": "us-east-1"}.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr(module, "_filesystems", {})  # one reads its environment when it is made
-        fs, _ = filesystem("s3://bucket")
-        fs.call_s3("create_bucket", Bucket="bucket")
+        fs = point_to(proxy, monkeypatch)
         fs.pipe({f"bucket/c/{name}": data for name, data in DATA.items()})
         proxy.requests.clear()
         yield proxy

@@ -76,9 +76,10 @@ def test_the_whole_model_is_kept_and_fits_what_training_would_build(tmp_path: Pa
     state = checkpoint.load(folder)
     assert state["imported_from"] == "a.pth"
     ours = build(from_dict(state["config"])).build_model()
-    ours.load_state_dict(state["model"])
+    weights = {name.removeprefix("model."): tensor for name, tensor in state["tensors"].items()}
+    ours.load_state_dict(weights)
     assert all(torch.equal(t, source.state_dict()[name]) for name, t in ours.state_dict().items())
-    assert not any("pos_embed" in name for name in state["model"])
+    assert not any("pos_embed" in name for name in weights)
 
 
 def test_a_bare_state_dict_is_imported_too(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_weights_of_another_configuration_are_not_loaded_into_an_encoder(tmp_pat
     folder = import_published(published_file(tmp_path / "a.pth", published_state(model())), tmp_path / "run")
     state = checkpoint.load(folder)
     state["config"]["model"]["size"] = "tiny"
-    checkpoint.save(tmp_path / "other" / "checkpoints", state, position=0)
+    checkpoint.save(tmp_path / "other" / "checkpoints", state.pop("tensors"), state, position=0)
     missing = 13 * (FAMILY["tiny"].depth - FAMILY["nano"].depth)  # tensors of the blocks that are not there
     with pytest.raises(CheckpointError, match=f"the checkpoint is of another model; {missing} missing"):
         load_encoder(tmp_path / "other")

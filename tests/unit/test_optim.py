@@ -34,7 +34,11 @@ def test_every_trained_parameter_is_in_exactly_one_group() -> None:
     listed = [name for rule in rules(model, 0.05) for name in rule.names]
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     assert sorted(listed) == sorted(trained)
-    held = [id(p) for group in build_optimizer(model, OptimConfig()).param_groups for p in group["params"]]
+    held = [
+        id(p)
+        for group in build_optimizer(model, rules(model, 0.05), OptimConfig()).param_groups
+        for p in group["params"]
+    ]
     assert sorted(held) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
 
@@ -42,7 +46,7 @@ def test_vectors_do_not_decay_and_everything_else_does() -> None:
     model = nano()
     decay = {name: rule.weight_decay for rule in rules(model, 0.05) for name in rule.names}
     assert all(decay[name] == (0.05 if p.ndim > 1 else 0.0) for name, p in model.named_parameters())
-    groups = build_optimizer(model, OptimConfig(weight_decay=0.07)).param_groups
+    groups = build_optimizer(model, rules(model, 0.07), OptimConfig()).param_groups
     assert {(group["weight_decay"], p.ndim > 1) for group in groups for p in group["params"]} == {
         (0.0, False),
         (0.07, True),
@@ -59,7 +63,8 @@ def test_the_printed_table_counts_every_parameter() -> None:
 
 
 def test_a_model_without_vectors_has_one_group() -> None:
-    assert len(build_optimizer(nn.Linear(2, 2, bias=False), OptimConfig()).param_groups) == 1
+    model = nn.Linear(2, 2, bias=False)
+    assert len(build_optimizer(model, rules(model, 0.05), OptimConfig()).param_groups) == 1
 
 
 def test_the_schedule_is_the_published_one() -> None:
@@ -110,7 +115,7 @@ def learner(world_size: int, **train: Any) -> Learner:
             "train": {"samples": 10_000, "global_batch": 512, **train},
         }
     )
-    engine = Engine()
+    engine = Engine(config)
     engine.world_size = world_size
     model = nn.Linear(1, 1)
     return Learner(config, engine, None, model, torch.optim.AdamW(model.parameters()), None)  # type: ignore[arg-type]

@@ -1,0 +1,93 @@
+"""Checkpoints beside the training: it stands still for a copy, the writing happens in a thread."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from torch import Tensor
+
+from foundation.errors import StorageError
+from foundation.files import write_whole
+from foundation.training import checkpoint
+from foundation.training.ranks import Ranks
+
+log = logging.getLogger(__name__)
+PATIENCE = 300.0  # seconds
+
+
+class Saver:
+    """Saves to a folder or URL, one checkpoint at a time; all `ranks` call the same methods in the same order.
+
+    `ranks` must be a group of its own: its collectives happen in the thread while the training has others.
+    """
+
+    def __init__(
+        self,
+        location: Path | str,
+        ranks: Ranks,
+        keep: int,
+        keep_every: int | None,
+        background: bool,
+        note: Path | None = None,
+    ) -> None:
+        """`note`: file for the position of the newest checkpoint, for those who watch a run and see no bucket."""
+        self.location, self.ranks, self.background, self.note = location, ranks, background, note
+        self.keep, self.keep_every = keep, keep_every
+        self._thread: Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(self, copies: Mapping[str, Tensor], state: Mapping[str, Any], position: int) -> None:
+        """Begin to write these `copies`, which must not change any more; see checkpoint.save.
+
+        Waits for the save before. Raises what that one met, or, in the foreground, this one.
+        """
+        self.wait()
+
+        def write() -> None:
+            try:
+                checkpoint.save(self.location, copies, state, position, self.keep, self.keep_every, self.ranks)
+                self._tell(position)
+            except BaseException as error:
+                self._failure = error
+
+        # A daemon: when the training fails, other ranks may never come to the collectives of this save.
+        self._thread = Thread(target=write, name="checkpoint", daemon=True)
+        self._thread.start()
+        if not self.background:
+            self.wait()
+
+    def _tell(self, position: int) -> None:
+        """The note is for others: without it the checkpoint counts all the same."""
+        if self.note and self.ranks.rank == 0:
+            try:
+                write_whole(self.note, f"{position}\n")
+            except StorageError as error:
+                log.warning("%s", error)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for the last save; after an error of the training only so long, and without another error."""
+        if kind is None:
+            self.wait()
+        elif self._thread:
+            self._thread.join(PATIENCE)  # the other ranks are in it, too, whatever has happened beside it
+            if self._failure is not None:
+                log.warning("beside that, the last checkpoint was not written: %s", self._failure)
+
+    def busy(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Until the last save has ended. Raises what it met, once."""
+        if self._thread:
+            self._thread.join()
+        self._thread, failure, self._failure = None, self._failure, None
+        if failure is not None:
+            raise failure

@@ -1,0 +1,241 @@
+"""ZeRO-1, 2 and 3: DeepSpeed's engine behind the same methods as the others."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+from foundation.config import Config
+from foundation.errors import ConfigError
+from foundation.models.initialise import Piece, initialise
+from foundation.training.average import Average
+from foundation.training.blocks import on_meta, poison, prepare
+from foundation.training.data import micro_batch
+from foundation.training.engine import Check, Group
+from foundation.training.optim import MOMENTS, build_optimizer, rules
+
+
+class Zero1(Group):
+    """Moments spread over all processes; parameters and gradients whole on each."""
+
+    name, stage = "zero1", 1
+
+    def __init__(self, config: Config) -> None:
+        if not torch.cuda.is_available():
+            os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise it guesses, with a warning
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        super().__init__(config)
+        # DeepSpeed calls collectives by their old names, once a block and process.
+        warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+        import deepspeed
+
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+        deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+        self.mesh = init_device_mesh("cpu", (self.world_size,))
+
+    def setup(self, build: Callable[[], nn.Module]) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model with its initial weights, handed to DeepSpeed with the optimiser of the rule table."""
+        import deepspeed
+
+        options = self.options()
+        plain = on_meta(build)
+        groups = rules(plain, self.config.optim.weight_decay)  # here, since stage 3 hides the shapes
+        if self.stage == 3:
+            with deepspeed.zero.Init(config_dict_or_path=options):
+                model = build()
+        else:
+            model = plain.to_empty(device=self.device)
+        model = prepare(model, self.config.train)
+        if self.config.train.precision == "bf16":
+            model.register_forward_pre_hook(_in_bf16)
+        if self.stage < 3:
+            poison(model)
+        initialise(model, self.config.seed, self.local_piece)
+        optimizer = build_optimizer(model, groups, self.config.optim)
+        engine, wrapped, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
+        return engine, wrapped
+
+    def options(self) -> dict[str, Any]:
+        """DeepSpeed's configuration, complete: nothing is left to its defaults that changes what is learnt."""
+        train = self.config.train
+        micro = micro_batch(self.config, self.world_size)
+        zero: dict[str, Any] = {"stage": self.stage, "overlap_comm": self.device.type == "cuda"}
+        if train.offload:
+            place = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+            zero |= {"offload_optimizer": place} | ({"offload_param": place} if self.stage == 3 else {})
+        half = train.precision == "bf16"
+        accumulated = train.global_batch // self.world_size // micro
+        if half and self.stage == 1 and accumulated > 1:
+            raise ConfigError(
+                "zero1 in bf16 would add up the gradients of several micro-batches in bf16",
+                where="train.engine",
+                do="use train.engine=zero2, or train.micro_batch=null",
+            )
+        if train.activation_checkpointing == "selective":
+            # DeepSpeed's own product adds the bias in place, a second time to a result that was kept.
+            zero["memory_efficient_linear"] = False
+        return {
+            "train_batch_size": train.global_batch,
+            "train_micro_batch_size_per_gpu": micro,
+            "gradient_accumulation_steps": accumulated,
+            "gradient_clipping": self.config.optim.grad_clip or 0.0,
+            "zero_optimization": zero,
+            "zero_force_ds_cpu_optimizer": False,  # the optimiser is AdamW of the rule table, offloaded or not
+            "bf16": {"enabled": half},
+            # Stage 1 would change to an optimiser whose parts lie elsewhere.
+            **({"data_types": {"grad_accum_dtype": "fp32"}} if half and self.stage > 1 else {}),
+            "communication_data_type": "fp32",
+            "steps_per_print": 1 << 60,
+        }
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Nothing: DeepSpeed holds the parameters in the precision of the run."""
+        return nullcontext()
+
+    def accumulate(self, model: Any, last: bool) -> AbstractContextManager[None]:
+        """Tell DeepSpeed which backward pass ends an update."""
+        model.set_gradient_accumulation_boundary(last)
+        return nullcontext()
+
+    def backward(self, model: Any, loss: Tensor) -> None:
+        """The loss is divided by the number of micro-batches already."""
+        model.backward(loss, scale_wrt_gas=False)
+
+    def update(self, model: Any, optimizer: torch.optim.Optimizer, lr: float, check: Check) -> Tensor:
+        """Clip and step in one: a norm that is not finite is seen afterwards, before anything can be saved."""
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        model.step()
+        norm = torch.as_tensor(model.get_global_grad_norm(), dtype=torch.float32)
+        check(norm)
+        return norm.to(self.device)
+
+    def weights(self, model: Any, optimizer: Any) -> dict[str, Tensor]:
+        """This process's part of the fp32 weights, which DeepSpeed strings together group by group."""
+        return {str(index): flat for index, flat in enumerate(self._flats(optimizer))}
+
+    def tensors(self, model: Any, optimizer: Any, average: Average | None = None) -> dict[str, Tensor]:
+        """Copies in fp32, gathered one tensor at a time and spread again by rows: the layout of all other engines."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        self._allocate(optimizer)
+        found = {}
+        for name, parameter in model.module.named_parameters():
+            found[f"model.{name}"] = self._rows(safe_get_full_fp32_param(parameter))
+            for moment in MOMENTS:
+                found[f"{moment}.{name}"] = self._rows(safe_get_full_optimizer_state(parameter, moment))
+        if average:
+            average.exchange()  # DeepSpeed alone knows where in its strings a parameter lies
+            for name, parameter in model.module.named_parameters():
+                found[f"ema.{name}"] = self._rows(safe_get_full_fp32_param(parameter))
+            average.exchange()
+        return found
+
+    def copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """They are copies."""
+        return tensors
+
+    def loaded(
+        self, model: Any, optimizer: Any, average: Average | None, filled: dict[str, Tensor], steps: int
+    ) -> None:
+        """Hand the values to DeepSpeed, one whole tensor at a time, and let it bring its working copies up to date."""
+        named = list(model.module.named_parameters())
+        if average:
+            for name, parameter in named:
+                self._give(parameter, "model", self._whole(filled[f"ema.{name}"]))
+            average.exchange()
+        for name, parameter in named:
+            for kind in ("model", *MOMENTS):
+                self._give(parameter, kind, self._whole(filled[f"{kind}.{name}"]))
+        for state in optimizer.optimizer.state.values():
+            state["step"].fill_(steps)
+        if self.stage < 3:
+            optimizer.update_lp_params()
+        elif persistent := optimizer.persistent_parameters:  # small ones, which stay whole
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+    def _flats(self, optimizer: Any) -> list[Tensor]:
+        return optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
+
+    def _rows(self, whole: Tensor) -> Tensor:
+        return distribute_tensor(whole.to("cpu"), self.mesh, [Shard(0)], src_data_rank=None).clone()
+
+    def _allocate(self, optimizer: Any) -> None:
+        """Moments that no step has made yet, and DeepSpeed's own record of where they are."""
+        for flat in self._flats(optimizer):
+            state = optimizer.optimizer.state[flat]
+            for moment in MOMENTS:
+                if moment not in state:
+                    state[moment] = torch.zeros_like(flat).detach()
+            state.setdefault("step", torch.zeros((), dtype=torch.float32, device=flat.device))
+        if self.stage < 3:
+            # It links once, after the step of the first group, when the moments of the others are not made yet.
+            optimizer._hp_optimizer_states_linked = False
+            optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _give(self, parameter: Any, kind: str, whole: Tensor) -> None:
+        """Set the fp32 copy (`model`) or a moment of a parameter."""
+        from deepspeed import utils as tools
+
+        if self.stage < 3:
+            if kind == "model":
+                tools.safe_set_full_fp32_param(parameter, whole)
+            else:
+                tools.safe_set_full_optimizer_state(parameter, whole, kind)
+            return
+        # The setter of whole tensors refuses those that the processes do not divide evenly.
+        part = parameter.ds_tensor
+        local = whole.new_zeros(part.numel())
+        mine = whole.flatten()[self.rank * len(local) :][: len(local)]
+        local[: len(mine)] = mine
+        if kind == "model":
+            tools.safe_set_local_fp32_param(parameter, local)
+            part.data.copy_(local.view(part.shape))
+        else:
+            tools.safe_set_local_optimizer_state(parameter, local, kind)
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        assert isinstance(rows, DTensor)
+        return rows.full_tensor().to(self.device)
+
+    def local_piece(self, parameter: Any) -> Piece:
+        """A whole parameter, or under stage 3 this process's part of the flattened one."""
+        if self.stage < 3:
+            return Piece(parameter.detach(), 0, parameter.shape)
+        piece = parameter.ds_tensor
+        first = self.rank * piece.numel()
+        return Piece(piece[: max(0, min(piece.numel(), parameter.ds_numel - first))], first, parameter.ds_shape)
+
+
+def _in_bf16(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """DeepSpeed casts parameters, and not what enters the model."""
+    return tuple(a.bfloat16() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments)
+
+
+class Zero2(Zero1):
+    """Moments and gradients spread."""
+
+    name, stage = "zero2", 2
+
+
+class Zero3(Zero1):
+    """Parameters, too, spread; a block is whole only while it computes."""
+
+    name, stage = "zero3", 3
+
+    def close(self) -> None:
+        """Give torch its own product back, which DeepSpeed has replaced for the whole process."""
+        from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Patch
+
+        torch.nn.functional.linear = getattr(Patch, "linear_bk", torch.nn.functional.linear)
+        super().close()
