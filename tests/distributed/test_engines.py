@@ -35,19 +35,19 @@ class Cell(NamedTuple):
 
 ALONE = Cell("single", 1)
 PAIRS = [Cell(engine, 2) for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3")]
-FOURS = [Cell(engine, 4) for engine in ("fsdp2", "hsdp", "zero3")]  # the others differ in no line from two processes
+FOURS = [Cell(engine, 4) for engine in ("fsdp2", "hsdp")]  # the others differ in no line from two processes
 CELLS = [ALONE, *PAIRS, *FOURS]
-WAYS = {
-    "whole": (),
-    "accumulated": ("train.micro_batch=1",),
-    "recomputed": ("train.activation_checkpointing=full",),
-    "both": ("train.micro_batch=1", "train.activation_checkpointing=selective"),
+WAYS = {  # two micro-batches a process, or one
+    "whole": "",
+    "accumulated": "train.micro_batch={micro}",
+    "recomputed": "train.activation_checkpointing=full",
+    "both": "train.micro_batch={micro} train.activation_checkpointing=selective",
 }
 LEARNT = [
     (cell, way)
     for cell in CELLS
     for way in WAYS
-    if way == "whole" or cell.world < 4 or cell.engine in ("fsdp2", "hsdp")
+    if way in ("whole", "both") or (way == "recomputed" and cell.world == 2) or cell.engine == "single"
 ]
 COMMON = (f"train.samples={STEPS * BATCH}", f"train.checkpoint_every={SAVED * BATCH}", "optim.ema_half_life=40")
 
@@ -72,7 +72,7 @@ def learnt(root: Path) -> Path:
     """Runs `ENGINE-WORLD-WAY` of 20 updates, each with a checkpoint after 15."""
     for world in (1, 2, 4):
         runs = [
-            (*COMMON, *cell.overrides, *WAYS[way], f"name={cell.name}-{way}")
+            (*COMMON, *cell.overrides, *WAYS[way].format(micro=4 // cell.world).split(), f"name={cell.name}-{way}")
             for cell, way in LEARNT
             if cell.world == world
         ]
