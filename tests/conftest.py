@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: one thread gives the same bits in every process
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,3 +85,15 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return Outcome(code, *capsys.readouterr())
 
     return run
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[str]:
+    """host:port of a real S3 server on loopback; all servers of a process hold the same objects."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    yield "{}:{}".format(*server.get_host_and_port())
+    server.stop()

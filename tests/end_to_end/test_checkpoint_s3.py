@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,20 +18,11 @@ from foundation.training.committed import committed, flaw
 from foundation.training.places import Url, place
 from shards.store import Retry
 
-moto = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+pytest.importorskip("moto.server", reason="moto[server] is not installed")
 pytest.importorskip("s3fs", reason="s3fs is not installed")
 
 ROOT = "s3://bucket/runs/a"
 HASTY = Retry(patience=0.3, first=0.01, longest=0.05, connect=1, read=5)
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[str]:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    yield "{}:{}".format(*server.get_host_and_port())
-    server.stop()
 
 
 @pytest.fixture

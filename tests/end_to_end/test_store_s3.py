@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -19,19 +18,10 @@ from shards.cache import Cache
 from shards.errors import DataError
 from shards.store import Retry, Store, filesystem
 
-moto = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+pytest.importorskip("moto.server", reason="moto[server] is not installed")
 pytest.importorskip("s3fs", reason="s3fs is not installed")
 
 SHUT = Retry(patience=0.2, first=0.01, longest=0.05, connect=1, read=0.5)
-
-
-@pytest.fixture(scope="module")
-def upstream() -> Iterator[str]:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    yield "{}:{}".format(*server.get_host_and_port())
-    server.stop()
 
 
 @pytest.fixture

@@ -27,14 +27,9 @@ Make = Callable[..., Config]
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[tuple[ObjectServer, dict[str, str]]]:
+def bucket(upstream: str) -> Iterator[tuple[ObjectServer, dict[str, str]]]:
     """A real S3 server on loopback behind a counting, misbehaving proxy, and the environment of its clients."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with ObjectServer(upstream=f"{host}:{port}") as proxy:
+    with ObjectServer(upstream=upstream) as proxy:
         environment = {
             "AWS_ENDPOINT_URL": proxy.url,
             "AWS_ACCESS_KEY_ID": "test",
@@ -46,7 +41,6 @@ def bucket() -> Iterator[tuple[ObjectServer, dict[str, str]]]:
         yield proxy, environment
         os.environ.clear()
         os.environ.update(before)
-    server.stop()
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from foundation.training.blocks import eight_bits, on_meta, prepare
 from foundation.training.declared import declared
 from foundation.training.setup import build_learner
 from foundation.training.step import train_step
+from foundation.training.zero import Zero1
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ACCELERATE = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "FSDP_VERSION")
@@ -220,6 +221,14 @@ def test_the_count_of_updates_lies_where_the_fused_optimiser_looks_for_it(tiny_c
     optimizer = torch.optim.AdamW(model.parameters())
     engine.tensors(model, optimizer)
     assert all(optimizer.state[p]["step"].device == p.device for p in model.parameters())
+
+
+def test_zero1_in_bf16_refuses_to_add_up_gradients_in_bf16() -> None:
+    engine = object.__new__(Zero1)  # its options need no processes
+    engine.config = from_dict({"train": {"precision": "bf16", "global_batch": 300, "micro_batch": 30}})
+    engine.world_size, engine.device = 1, torch.device("cpu")
+    with pytest.raises(ConfigError, match=r"zero1 in bf16 would add up[\s\S]*train.engine=zero2"):
+        engine.options()
 
 
 @pytest.mark.parametrize(

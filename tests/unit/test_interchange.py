@@ -216,3 +216,9 @@ def test_the_untrained_control_follows_its_seed_and_leaves_the_global_generator_
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first.patch_embed.proj.weight, again.patch_embed.proj.weight)
     assert not torch.equal(first.patch_embed.proj.weight, other.patch_embed.proj.weight)
+
+
+def test_an_average_that_no_run_kept_is_not_replaced_by_the_weights(tmp_path: Path) -> None:
+    import_published(published_file(tmp_path / "a.pth", published_state(model())), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"no average of the weights[\s\S]*optim.ema_half_life"):
+        load_encoder(tmp_path / "run", averaged=True)

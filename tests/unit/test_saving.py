@@ -146,3 +146,15 @@ def test_retention_is_that_of_the_saver(tmp_path: Path) -> None:
     assert kept == ["samples-000000000020", "samples-000000000040", "samples-000000000050"]
     assert json.loads((tmp_path / kept[0] / "state.json").read_text()) == {"position": 20}
     assert checkpoint.restore(tmp_path)[1] == {"position": 50}
+
+
+def test_the_note_says_where_the_run_is_and_without_it_the_checkpoint_counts_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for note in (tmp_path / "committed", tmp_path / "committed" / "below-a-file"):
+        saver = Saver(tmp_path / "checkpoints", ALONE, 3, None, False, note)
+        saver.save(tensors(1), {"position": 8}, 8)
+        saver.wait()
+        assert latest(tmp_path)[0] == tmp_path / "checkpoints" / "samples-000000000008"
+    assert (tmp_path / "committed").read_text() == "8\n"
+    assert "below-a-file" in caplog.text

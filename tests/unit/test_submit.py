@@ -295,6 +295,13 @@ def test_an_evaluation_is_one_task_for_each_checkpoint_and_protocol(
     assert calls(called) == [[*words, "--device", "cpu"]]
 
 
+def test_an_evaluation_of_checkpoints_elsewhere_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(f"name: a\nrun_root: {tmp_path}\ntrain: {{checkpoints: 's3://bucket/a'}}\n")
+    (tmp_path / "cluster.yaml").write_text("nodes: 1\n")
+    with pytest.raises(LaunchError, match=r"not in the run folder[\s\S]*s3://bucket/a[\s\S]*foundation evaluate"):
+        prepare(tmp_path / "run.yaml", tmp_path / "cluster.yaml", (), "corpus")
+
+
 # --- submitting
 
 
