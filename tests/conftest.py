@@ -15,6 +15,9 @@ import pytest
 import torch
 from processes import TINY
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: the tests run them on a CPU
+
 from foundation import cli
 from foundation.config import Config, load
 from foundation.training.run import train

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from foundation.models.position import RelativePositionTable
-from kernels.rpe_attention import rpe_attention
+from kernels.rpe_attention import rpe_attention_packed
+from kernels.rpe_attention.layout import Layout
 from kernels.rpe_attention.reference import attention_probabilities
 
 
@@ -19,19 +20,17 @@ class Attention(nn.Module):
         self.rpe = RelativePositionTable(self.head_dim)
         self.proj = nn.Linear(dim, dim)
 
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        batch, length, _ = x.shape
-        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+    def _packed(self, x: Tensor) -> Tensor:
+        """Queries, keys and values of all heads, [B, L, 3, heads, head_dim], as the projection leaves them."""
+        return self.qkv(x).view(*x.shape[:2], 3, self.heads, self.head_dim)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, 1 + h·w, dim] → the same shape."""
-        q, k, v = self._split(x)
         # The position term takes the unscaled query (rpe_scale 1), as in the published SAR-JEPA and LoMaR.
-        out = rpe_attention(q, k, v, self.rpe(), grid, cls_tokens=1, rpe_scale=1.0, backend=self.backend)
-        return self.proj(out.transpose(1, 2).reshape(x.shape))
+        out = rpe_attention_packed(self._packed(x), self.rpe(), grid, rpe_scale=1.0, backend=self.backend)
+        return self.proj(out.reshape(x.shape))
 
     def probabilities(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """The attention maps themselves: [B, heads, L, L]; for figures, always by the definition."""
-        q, k, _ = self._split(x)
-        return attention_probabilities(q, k, self.rpe(), grid, 1, self.head_dim**-0.5, 1.0)
+        q, k, _ = self._packed(x).permute(2, 0, 3, 1, 4).unbind(0)
+        return attention_probabilities(q, k, self.rpe(), Layout(grid), self.head_dim**-0.5, 1.0)

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
+from kernels.rpe_attention import choose
 from kernels.rpe_attention.buckets import num_buckets
+from kernels.rpe_attention.layout import Layout, Problem
 
 if TYPE_CHECKING:
     from foundation.config import Config
@@ -57,6 +61,17 @@ def tokens(config: Config) -> Tokens:
     values = model.patch**2 * model.channels * len(objective.radii)
     patches = (config.data.image_size // model.patch) ** 2
     return Tokens(patches, objective.windows, inside + 1, int(inside * objective.mask_ratio), values)
+
+
+def attention_backends(config: Config, device: str) -> tuple[str, str]:
+    """The backends that train encoder and decoder on a type of device: `auto` is what it stands for there."""
+    row, model, window = FAMILY[config.model.size], config.model, config.objective.window
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    parts = ((row.dim, row.heads), (model.decoder.width, model.decoder.heads))
+    encoder, decoder = (
+        Problem(device, dtype, heads, dim // heads, Layout((window, window)), trains=True) for dim, heads in parts
+    )
+    return choose(model.attention, encoder), choose(model.attention, decoder)
 
 
 class Rows(NamedTuple):

@@ -10,8 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from foundation.config import Config
-from foundation.models.families import FAMILY, tokens
-from kernels.rpe_attention import resolve
+from foundation.models.families import FAMILY, attention_backends, tokens
 from kernels.rpe_attention.buckets import num_buckets
 
 
@@ -57,7 +56,8 @@ def attention_bytes(s: Shape, w: Widths, backend: str, device: str) -> int:
     softmax. dense: q (twice), k, v; the map; the table spread over all pairs. Where softmax widens the map, also the
     narrow one that multiplies v. sdpa on CUDA (memory-efficient kernel): packed q, k, v, the query of the bias, the
     bias padded to 8 columns, one fp32 number per row, and the spread table; on a CPU it runs as `dense`, in fp32.
-    Any other backend is taken as fused: packed q, k, v and one number per row, no map.
+    xformers: as sdpa on CUDA. flex: packed q, k, v, copies of them, the products of queries and table. The fused ones
+    (triton, cuda): packed q, k, v and one number per row, no map.
     """
     e, rows = w.element, s.map(1)
     spread = s.length**2 * s.dim // s.heads * e
@@ -68,8 +68,10 @@ def attention_bytes(s: Shape, w: Widths, backend: str, device: str) -> int:
         return 4 * s.values * e + s.map() * w.softmax + narrow + spread
     if backend == "sdpa" and device == "cpu":
         return s.values * (e + 12) + 4 * s.map() + spread
-    if backend == "sdpa":
+    if backend in ("sdpa", "xformers"):
         return 4 * s.values * e + s.map(-(-s.length // 8) * 8) * e + 4 * rows + spread
+    if backend == "flex":
+        return 6 * s.values * e + s.map(num_buckets()) * e + 4 * rows
     return 3 * s.values * e + 4 * rows
 
 
@@ -90,10 +92,13 @@ def selective_bytes(s: Shape, w: Widths, backend: str, device: str) -> int:
     """
     e, pairs = w.element, s.map()
     spread = s.length**2 * s.dim // s.heads * e
-    logits = {"reference": s.map(num_buckets()) + pairs, "dense": 2 * pairs, "sdpa": pairs}.get(backend, 0)
+    logits = {"reference": s.map(num_buckets()) + pairs, "dense": 2 * pairs, "sdpa": pairs, "xformers": pairs}.get(
+        backend, 0
+    )
+    logits = s.map(num_buckets()) if backend == "flex" else logits
     if backend == "sdpa" and device == "cpu":
         logits = 2 * pairs
-    return 11 * e * s.values + logits * e + (spread if backend in ("dense", "sdpa") else 0)
+    return 11 * e * s.values + logits * e + (spread if backend in ("dense", "sdpa", "xformers") else 0)
 
 
 def position_bytes(s: Shape, w: Widths, backend: str, device: str, selective: bool = False) -> int:
@@ -104,11 +109,11 @@ def position_bytes(s: Shape, w: Widths, backend: str, device: str, selective: bo
     e, query = w.element, 0 if selective else s.values * w.element
     spread = s.length**2 * s.dim // s.heads * e
     on_cpu = backend == "sdpa" and device == "cpu"
-    if backend == "reference":
+    if backend in ("reference", "flex"):
         return query + s.map(num_buckets()) * e
     if backend == "dense" or on_cpu:
         return query + spread + (s.map() * e if selective else 0)
-    if backend == "sdpa":
+    if backend in ("sdpa", "xformers"):
         return query + spread + s.map(s.length if selective else -(-s.length // 8) * 8) * e
     return 0
 
@@ -140,27 +145,27 @@ def activations(config: Config, micro_batch: int, device: str = "cuda", autocast
     """
     mode = config.train.activation_checkpointing
     row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
-    w, backend = widths(config.train.precision, device, autocast), resolve(model.attention, device)
+    w, backends = widths(config.train.precision, device, autocast), attention_backends(config, device)
     sequences = micro_batch * t.windows
     encoder = Shape(row.dim, row.heads, t.length, sequences)
     narrow = Shape(decoder.width, decoder.heads, t.length, sequences)
-    parts = ((encoder, row.depth), (narrow, decoder.depth))
-    full = [block_bytes(s, w, backend, device) for s, _ in parts]
+    parts = ((encoder, row.depth, backends[0]), (narrow, decoder.depth, backends[1]))
+    full = [block_bytes(s, w, backend, device) for s, _, backend in parts]
     kept = {
         "none": full,
-        "selective": [selective_bytes(s, w, backend, device) for s, _ in parts],
-        "full": [s.values * w.element for s, _ in parts],
+        "selective": [selective_bytes(s, w, backend, device) for s, _, backend in parts],
+        "full": [s.values * w.element for s, _, _ in parts],
     }[mode]
-    blocks = sum(each * depth for each, (_, depth) in zip(kept, parts, strict=True))
+    blocks = sum(each * depth for each, (_, depth, _) in zip(kept, parts, strict=True))
     masked = sequences * t.masked
     e, picture = w.element, config.data.image_size**2 * model.channels
     rest = micro_batch * (t.patches * row.dim + (picture if e < 4 else 0)) * e + sequences * (t.length - 1)
     rest += encoder.values * (w.norm + e) + 8 * sequences * t.length  # final norm, projection into the decoder
     rest += narrow.values * e + masked * (decoder.width * (w.norm + e) + 8)  # gather, norm, prediction
     rest += 4 * masked * t.values  # the error
-    whole = [position_bytes(s, w, backend, device) for s, _ in parts]
-    lasting = {"none": whole, "selective": [position_bytes(s, w, backend, device, True) for s, _ in parts]}
-    positions = sum(each * depth for each, (_, depth) in zip(lasting.get(mode, [0, 0]), parts, strict=True))
+    whole = [position_bytes(s, w, backend, device) for s, _, backend in parts]
+    lasting = {"none": whole, "selective": [position_bytes(s, w, b, device, True) for s, _, b in parts]}
+    positions = sum(each * depth for each, (_, depth, _) in zip(lasting.get(mode, [0, 0]), parts, strict=True))
     if mode == "none":
         return Activations(blocks, rest, 0, positions)
     return Activations(blocks, rest, max(full), positions + whole[full.index(max(full))])

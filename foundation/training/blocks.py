@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from foundation.config import TrainConfig
 from foundation.errors import LaunchError
+from kernels.rpe_attention.op import OPERATOR
 
 # What selective checkpointing keeps: the results of products, which cost most to compute again.
 _KEPT = [
@@ -20,6 +21,7 @@ _KEPT = [
     torch.ops.aten.baddbmm.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
+    OPERATOR,
 ]
 
 

@@ -13,6 +13,7 @@ import torch
 from foundation.config import Config, config_hash, resolved_yaml, to_dict
 from foundation.errors import CheckpointError
 from foundation.files import write_whole
+from foundation.models.families import attention_backends
 from foundation.objectives.registry import build
 from foundation.training import checkpoint
 from foundation.training import engine as engines
@@ -24,7 +25,6 @@ from foundation.training.places import home
 from foundation.training.ranks import Ranks
 from foundation.training.saving import Saver
 from foundation.training.step import Learner
-from kernels.rpe_attention import resolve
 from shards.augment import Augment
 from shards.catalog import Catalog
 
@@ -50,13 +50,18 @@ def describe(learner: Learner, catalog: Catalog) -> list[str]:
     lines = [
         *coverage(config, catalog),
         f"model: {config.objective.name}, {config.model.size}/{config.model.patch}, {count:,} parameters, "
-        f"attention {resolve(config.model.attention, engine.device.type)}, {config.train.precision}",
+        f"attention {attention(config, engine)}, {config.train.precision}",
         f"engine: {engine.name}, {engine.world_size} process(es) on {engine.device.type}, global batch "
         f"{config.train.global_batch} = {engine.world_size} x {micro} x {accumulated} accumulated",
         f"config: {config_hash(config)}",
     ]
     rows = rule_table(plain, config.optim)
     return lines + [f"optimiser group: {name}: {n} tensors, {p} parameters, decay {wd}" for name, n, p, wd in rows]
+
+
+def attention(config: Config, engine: engines.Engine) -> str:
+    """The backends of encoder and decoder, once where they are one."""
+    return " and ".join(dict.fromkeys(attention_backends(config, engine.device.type)))
 
 
 def save(learner: Learner, saver: Saver, catalog: Catalog, run_id: str | None, position: int) -> float:
@@ -148,7 +153,7 @@ def write_record(learner: Learner, catalog: Catalog) -> list[Path]:
         "engine": engine.name,
         "world_size": engine.world_size,
         "micro_batch": micro_batch(config, engine.world_size),
-        "attention": resolve(config.model.attention, engine.device.type),
+        "attention": attention(config, engine),
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "data": f"{', '.join(config.data.catalog)}, fingerprint {catalog.fingerprint}",

@@ -1,6 +1,7 @@
-"""Attention with a contextual relative-position bias (iRPE, product method, on keys).
+"""Attention with a relative-position bias (iRPE, on keys): one call, several backends.
 
-One call, several backends: a new backend is a function with the same arguments and one row in `BACKENDS`.
+A backend is a function of (q, k, v, table, layout, qk_scale, rpe_scale), a function that says why it does not take a
+call, and one row of `BACKENDS`. Fused ones (`op.py`) read the packed projection [B, L, 3, H, d] and write [B, L, H, d].
 """
 
 from __future__ import annotations
@@ -8,55 +9,158 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from kernels.rpe_attention.flex import flex, flex_refuses
+from kernels.rpe_attention.fused import HALF_DTYPES, triton_refuses
+from kernels.rpe_attention.layout import METHODS, Layout, Problem, bias_kind
+from kernels.rpe_attention.libraries import flash, flash_refuses, xformers, xformers_refuses
+from kernels.rpe_attention.op import FUSED, run_fused
 from kernels.rpe_attention.reference import reference
 from kernels.rpe_attention.sdpa import dense, sdpa
+from kernels.rpe_attention.window import cuda_refuses
+
+
+def _never(problem: Problem) -> str:
+    return ""
 
 
 class Backend(NamedTuple):
-    """A way to compute the operator, and why it cannot run here ('' when it can)."""
+    """A way to compute the operator."""
 
-    run: Callable[..., Tensor]
+    run: Callable[..., Tensor] | None
+    """None: a fused one, which `op.fused` runs"""
     description: str
-    unavailable: str = ""
+    refuses: Callable[[Problem], str] = _never
+    """Why it does not take a call; '' when it does"""
+
+    @property
+    def unavailable(self) -> str:
+        """Why it cannot run on this machine ('' when it can), for training in 7 x 7 windows."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        window = Problem(device, torch.bfloat16, 12, 64, Layout((7, 7)), trains=True)
+        reason = self.refuses(window)
+        return self.refuses(window._replace(bias="none")) if "no bias" in reason else reason
 
 
 BACKENDS = {
     "reference": Backend(reference, "the definition, every map materialised, any dtype"),
     "sdpa": Backend(sdpa, "PyTorch scaled_dot_product_attention with a dense bias made of matrix products"),
     "dense": Backend(dense, "batched matrix products throughout; the fastest on a CPU"),
+    "xformers": Backend(
+        xformers, "memory_efficient_attention with the same dense bias, or without one", xformers_refuses
+    ),
+    "flash": Backend(flash, "FlashAttention 2 or 4, for models without relative positions", flash_refuses),
+    "flex": Backend(flex, "PyTorch FlexAttention that looks products of query and table up", flex_refuses),
+    "triton": Backend(None, "fused kernels in Triton, no map, table gradient without atomics", triton_refuses),
+    "cuda": Backend(None, "fused CUDA kernel of short windows, bf16, table gradient without atomics", cuda_refuses),
 }
 
 
-def resolve(backend: str, device_type: str) -> str:
-    """The backend that `auto` stands for on a device type; any other name is itself."""
-    return ("dense" if device_type == "cpu" else "sdpa") if backend == "auto" else backend
+def choose(backend: str, problem: Problem) -> str:
+    """The backend that `auto` stands for in a call; any other name is itself.
+
+    cuda joins when a run on a GPU has shown it right and faster than triton.
+    """
+    if backend != "auto":
+        return backend
+    if problem.device == "cpu":
+        return "dense"
+    first = "flash" if problem.bias == "none" else "triton"
+    return first if problem.dtype in HALF_DTYPES and not BACKENDS[first].refuses(problem) else "sdpa"
+
+
+def rpe_attention_packed(
+    qkv: Tensor,
+    table: Tensor | None,
+    grid: tuple[int, int],
+    cls_tokens: int = 1,
+    qk_scale: float | None = None,
+    rpe_scale: float = 1.0,
+    method: str = "product",
+    ratio: float = 1.9,
+    backend: str = "auto",
+) -> Tensor:
+    """`rpe_attention` of a packed projection: qkv [B, L, 3, H, d] → [B, L, H, d], without copies in fused backends."""
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv must be [B, L, 3, H, d], not {tuple(qkv.shape)}")
+    layout, heads, dim = Layout((grid[0], grid[1]), cls_tokens, method, ratio), qkv.shape[3], qkv.shape[4]
+    name = _check(qkv, heads, dim, qkv.shape[1], table, layout, backend)
+    scale = dim**-0.5 if qk_scale is None else qk_scale
+    if name in FUSED and table is not None:
+        return run_fused(qkv, table, layout, scale, rpe_scale, name)
+    run = BACKENDS[name].run
+    assert run is not None
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return run(q, k, v, table, layout, scale, rpe_scale).transpose(1, 2)
 
 
 def rpe_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    table: Tensor,
+    table: Tensor | None,
     grid: tuple[int, int],
     cls_tokens: int = 1,
     qk_scale: float | None = None,
     rpe_scale: float = 1.0,
+    method: str = "product",
+    ratio: float = 1.9,
     backend: str = "auto",
 ) -> Tensor:
-    """Attention of q over k, v with logits qk_scale · q·k + rpe_scale · q·table[bucket(query, key)].
+    """Attention of q over k, v with logits qk_scale · q·k + rpe_scale · q·table[column(query, key)].
 
-    q, k, v: [B, H, L, d] of one dtype, L = cls_tokens + grid height · grid width, class tokens first.
-    table: [1 or H, d, buckets]. qk_scale defaults to d^-1/2; rpe_scale is 1 in SAR-JEPA and LoMaR, whose bias takes the
-    unscaled query. Returns [B, H, L, d]. Raises ValueError for an unknown backend or shapes that do not fit.
+    q, k, v: [B, H, L, d] of one dtype, L = cls_tokens + grid height · grid width, class tokens first, patches in raster
+    order. table: [1 or H, d, columns] (contextual), [1 or H, columns] (plain: the bias is the number itself) or None
+    (no bias); columns = `Layout.columns`. qk_scale defaults to d^-1/2; rpe_scale is 1 in SAR-JEPA and LoMaR, whose bias
+    takes the unscaled query. method: product, cross, euclidean or quantised (see `buckets`), of piecewise indices with
+    alpha = ratio. Returns [B, H, L, d] in the dtype of q.
+
+    Raises ValueError for an unknown backend or method, for shapes, dtypes and devices that do not fit, and for a call
+    that the named backend does not take, with the reason.
     """
-    length, dim = q.shape[-2:]
-    if length != cls_tokens + grid[0] * grid[1]:
-        raise ValueError(f"{length} tokens do not fit a {grid[0]}x{grid[1]} grid with {cls_tokens} class tokens")
-    if table.shape[0] not in (1, q.shape[1]) or table.shape[1] != dim:
-        raise ValueError(f"table {tuple(table.shape)} fits neither 1 nor {q.shape[1]} heads of size {dim}")
-    name = resolve(backend, q.device.type)
+    if not q.shape == k.shape == v.shape or q.ndim != 4:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))
+        raise ValueError(f"q, k, v must have one shape [B, H, L, d], not {shapes}")
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
+        raise ValueError("q, k, v must have one dtype and one device")
+    layout, (heads, length, dim) = Layout((grid[0], grid[1]), cls_tokens, method, ratio), q.shape[1:]
+    name = _check(q, heads, dim, length, table, layout, backend)
+    scale = dim**-0.5 if qk_scale is None else qk_scale
+    if name in FUSED and table is not None:
+        packed = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4)
+        return run_fused(packed, table, layout, scale, rpe_scale, name).transpose(1, 2)
+    run = BACKENDS[name].run
+    assert run is not None
+    return run(q, k, v, table, layout, scale, rpe_scale)
+
+
+def _check(q: Tensor, heads: int, dim: int, length: int, table: Tensor | None, layout: Layout, backend: str) -> str:
+    """The name of the backend that takes the call. Raises ValueError for what does not fit."""
+    (height, width), cls_tokens = layout.grid, layout.cls_tokens
+    if layout.method not in METHODS:
+        raise ValueError(f"unknown method {layout.method!r}: choose {', '.join(METHODS)}")
+    if min(height, width) < 1 or cls_tokens < 0:
+        raise ValueError(f"grid {height}x{width} with {cls_tokens} class tokens: at least 1x1 with 0 is allowed")
+    if length != layout.length:
+        raise ValueError(f"{length} tokens do not fit a {height}x{width} grid with {cls_tokens} class tokens")
+    if not q.is_floating_point():
+        raise ValueError(f"q, k, v must be floating point, not {q.dtype}")
+    if table is not None:
+        shape, middle = tuple(table.shape), (dim,) if table.ndim == 3 else ()
+        if table.ndim not in (2, 3) or shape[0] not in (1, heads) or shape[1:] != (*middle, layout.columns):
+            raise ValueError(
+                f"table {shape} must be [1 or {heads}, {dim}, {layout.columns}] or [1 or {heads}, {layout.columns}]"
+            )
+        if table.device != q.device:
+            raise ValueError(f"table is on {table.device}, q, k, v on {q.device}: one device is allowed")
+    trains = torch.is_grad_enabled() and (q.requires_grad or (table is not None and table.requires_grad))
+    per_head = table is not None and table.shape[0] > 1
+    problem = Problem(q.device.type, q.dtype, heads, dim, layout, bias_kind(table), per_head, trains)
+    name = choose(backend, problem)
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}: choose auto, {', '.join(BACKENDS)}")
-    return BACKENDS[name].run(q, k, v, table, grid, cls_tokens, dim**-0.5 if qk_scale is None else qk_scale, rpe_scale)
+    if reason := BACKENDS[name].refuses(problem):
+        raise ValueError(f"attention backend {name} does not take this call: {reason}")
+    return name

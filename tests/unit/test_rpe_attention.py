@@ -15,12 +15,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from kernels.rpe_attention import BACKENDS, rpe_attention
-from kernels.rpe_attention.buckets import num_buckets, product_buckets
+from kernels.rpe_attention import BACKENDS, rpe_attention, rpe_attention_packed
+from kernels.rpe_attention.buckets import bucket_ids, num_buckets, piecewise_index, product_buckets
+from kernels.rpe_attention.layout import METHODS, Layout, Problem
 from kernels.rpe_attention.reference import attention_probabilities
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "rpe_buckets.npz"
-FAST = [name for name in BACKENDS if name != "reference"]
+IN_FLOAT64 = Problem("cpu", torch.float64, 2, 4, Layout((3, 5)), trains=True)
+EXACT = [name for name, backend in BACKENDS.items() if not backend.refuses(IN_FLOAT64)]
+FAST = [name for name in EXACT if name != "reference"]
 sdpa_module = importlib.import_module("kernels.rpe_attention.sdpa")  # the package exports a function of that name
 BRIEF = settings(max_examples=25, deadline=None)
 
@@ -43,21 +46,28 @@ def case(
     per_head: bool = False,
     cls_tokens: int = 1,
     seed: int = 0,
+    method: str = "product",
+    ratio: float = 1.9,
+    plain: bool = False,
 ) -> Case:
     draw = torch.Generator().manual_seed(seed)
     q, k, v = torch.randn(3, batch, heads, cls_tokens + grid[0] * grid[1], dim, generator=draw, dtype=torch.float64)
-    shape = heads if per_head else 1, dim, num_buckets(cls_tokens=cls_tokens)
+    columns = num_buckets(ratio, cls_tokens, method)
+    shape = (heads if per_head else 1, *([] if plain else [dim]), columns)
     return Case(q, k, v, torch.randn(shape, generator=draw, dtype=torch.float64), grid)
 
 
-def by_hand(c: Case, cls_tokens: int, qk_scale: float, rpe_scale: float) -> Tensor:
+def by_hand(
+    c: Case, cls_tokens: int, qk_scale: float, rpe_scale: float, method: str = "product", ratio: float = 1.9
+) -> Tensor:
     """The equation, pair by pair."""
-    ids = product_buckets(c.grid, cls_tokens)
-    tables = c.table.expand(c.q.shape[1], -1, -1)
-    out = torch.empty_like(c.q)
+    ids = bucket_ids(c.grid, cls_tokens, method, ratio)
+    tables = c.table.expand(c.q.shape[1], *c.table.shape[1:])
+    out, length = torch.empty_like(c.q), c.q.shape[2]
     for b, h, i in np.ndindex(c.q.shape[:3]):
-        logits = [qk_scale * (c.q[b, h, i] @ c.k[b, h, j]) for j in range(len(ids))]
-        bias = [rpe_scale * (c.q[b, h, i] @ tables[h, :, ids[i, j]]) for j in range(len(ids))]
+        logits = [qk_scale * (c.q[b, h, i] @ c.k[b, h, j]) for j in range(length)]
+        numbers = tables[h] if c.table.ndim == 2 else c.q[b, h, i] @ tables[h]
+        bias = [rpe_scale * numbers[ids[:, i, j]].sum() for j in range(length)]
         out[b, h, i] = (torch.stack(logits) + torch.stack(bias)).softmax(0) @ c.v[b, h]
     return out
 
@@ -91,6 +101,39 @@ def test_the_definition_is_the_equation(per_head: bool, cls_tokens: int) -> None
     assert torch.allclose(ours, by_hand(c, cls_tokens, 0.3, 0.7), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("plain", [False, True], ids=["contextual", "plain"])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_is_the_equation(method: str, plain: bool) -> None:
+    c = case((2, 5), per_head=True, method=method, ratio=1.2, plain=plain)
+    ours = rpe_attention(*c, 1, 0.3, 0.7, method=method, ratio=1.2, backend="reference")
+    assert torch.allclose(ours, by_hand(c, 1, 0.3, 0.7, method, 1.2), rtol=0, atol=1e-12)
+
+
+@BRIEF
+@given(
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    cls_tokens=st.integers(0, 2),
+    ratio=st.sampled_from([0.4, 1.2, 1.9, 3.0]),
+)
+def test_distances_choose_the_bucket_of_the_other_methods(grid: tuple[int, int], cls_tokens: int, ratio: float) -> None:
+    half, width = int(2 * ratio), grid[1]
+    for method in ("cross", "euclidean", "quantised"):
+        ids = bucket_ids(grid, cls_tokens, method, ratio)
+        columns = num_buckets(ratio, cls_tokens, method)
+        assert ids.shape == (2 if method == "cross" else 1, *(cls_tokens + grid[0] * grid[1],) * 2)
+        assert ids.max() < columns
+        for i, j in ((0, grid[0] * width - 1), (grid[0] * width // 2, 0)):
+            dy, dx = i // width - j // width, i % width - j % width
+            found = ids[:, cls_tokens + i, cls_tokens + j].tolist()
+            if method == "cross":
+                side = columns // 2
+                assert found == [piecewise_index(dy, ratio) + half, side + piecewise_index(dx, ratio) + half]
+            else:
+                squared = dy**2 + dx**2
+                offset = squared if method == "quantised" else round(squared**0.5)
+                assert found == [piecewise_index(offset, ratio) + half]
+
+
 @pytest.mark.parametrize("backend", FAST)
 @BRIEF
 @given(
@@ -101,6 +144,8 @@ def test_the_definition_is_the_equation(per_head: bool, cls_tokens: int) -> None
     per_head=st.booleans(),
     cls_tokens=st.integers(0, 2),
     scales=st.tuples(st.sampled_from([None, 0.2, 1.0]), st.sampled_from([0.0, 0.5, 1.0])),
+    method=st.sampled_from(METHODS),
+    plain=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_every_backend_equals_the_definition(
@@ -112,27 +157,34 @@ def test_every_backend_equals_the_definition(
     per_head: bool,
     cls_tokens: int,
     scales: tuple[float | None, float],
+    method: str,
+    plain: bool,
     seed: int,
 ) -> None:
-    c = case(grid, heads, dim, batch, per_head, cls_tokens, seed)
-    want, got = (rpe_attention(*c, cls_tokens, *scales, backend=name) for name in ("reference", backend))
+    c = case(grid, heads, dim, batch, per_head, cls_tokens, seed, method, plain=plain)
+    want, got = (rpe_attention(*c, cls_tokens, *scales, method=method, backend=name) for name in ("reference", backend))
     assert torch.allclose(got, want, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("per_head", [False, True])
-def test_gradients_of_every_backend_equal_those_of_the_definition(backend: str, per_head: bool) -> None:
-    c = case((4, 6), heads=3, per_head=per_head)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("plain", [False, True], ids=["contextual", "plain"])
+def test_gradients_of_every_backend_equal_those_of_the_definition(
+    backend: str, per_head: bool, method: str, plain: bool
+) -> None:
+    c = case((4, 6), heads=3, per_head=per_head, method=method, plain=plain)
     leaves = [t.requires_grad_() for t in c[:4]]
     weight = torch.randn(c.q.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     want, got = (
-        torch.autograd.grad((rpe_attention(*c, backend=name) * weight).sum(), leaves) for name in ("reference", backend)
+        torch.autograd.grad((rpe_attention(*c, method=method, backend=name) * weight).sum(), leaves)
+        for name in ("reference", backend)
     )
     for ours, definition in zip(got, want, strict=True):
         assert torch.allclose(ours, definition, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXACT)
 @pytest.mark.parametrize("per_head", [False, True])
 def test_gradients_are_those_of_finite_differences(backend: str, per_head: bool) -> None:
     c = case((2, 2), heads=2, dim=2, batch=1, per_head=per_head)
@@ -150,10 +202,10 @@ def test_large_grids_take_the_index_and_small_ones_the_one_hot_product_with_one_
     assert torch.allclose(
         rpe_attention(*large, backend="dense"), rpe_attention(*large, backend="reference"), atol=1e-12
     )
-    one_hot = sdpa_module.dense_bias(small.q, small.table, small.grid, 1, 0.5)
+    one_hot = sdpa_module.dense_bias(small.q, small.table, Layout(small.grid), 0.5)
     monkeypatch.setattr(sdpa_module, "_ONE_HOT_PAIRS", 0)
     monkeypatch.setattr(sdpa_module, "_one_hot", lambda *_: pytest.fail("the one-hot matrix was built"))
-    assert torch.allclose(sdpa_module.dense_bias(small.q, small.table, small.grid, 1, 0.5), one_hot, atol=1e-14)
+    assert torch.allclose(sdpa_module.dense_bias(small.q, small.table, Layout(small.grid), 0.5), one_hot, atol=1e-14)
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -170,7 +222,7 @@ def test_the_table_gradient_is_the_same_to_the_bit_in_every_run(backend: str, gr
     assert all(torch.equal(gradient(), first) for _ in range(3))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXACT)
 def test_the_class_query_ignores_the_table_because_all_its_keys_share_one_bucket(backend: str) -> None:
     c = case()
     ours = rpe_attention(*c, backend=backend)
@@ -179,7 +231,7 @@ def test_the_class_query_ignores_the_table_because_all_its_keys_share_one_bucket
     assert not torch.allclose(ours[:, :, 1:], plain[:, :, 1:], atol=1e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", EXACT)
 def test_the_position_term_takes_the_unscaled_query(backend: str) -> None:
     c = case(dim=16)
     without_content = [rpe_attention(*c, qk_scale=scale, backend=backend) for scale in (0.0, 1e-300)]
@@ -200,8 +252,51 @@ def test_bf16_stays_near_float64(backend: str) -> None:
 
 def test_probabilities_sum_to_one() -> None:
     c = case()
-    maps = attention_probabilities(c.q, c.k, c.table, c.grid, 1, 0.5, 1.0)
+    maps = attention_probabilities(c.q, c.k, c.table, Layout(c.grid), 0.5, 1.0)
     assert torch.allclose(maps.sum(-1), torch.ones((), dtype=torch.float64))
+
+
+@BRIEF
+@given(
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    dim=st.sampled_from([4, 16]),
+    cls_tokens=st.integers(0, 2),
+    method=st.sampled_from(METHODS),
+    plain=st.booleans(),
+)
+def test_flex_attention_looks_the_same_numbers_up(
+    grid: tuple[int, int], dim: int, cls_tokens: int, method: str, plain: bool
+) -> None:
+    c = case(grid, 2, dim, 2, True, cls_tokens, method=method, plain=plain)
+    with torch.no_grad():
+        want, got = (rpe_attention(*c, cls_tokens, method=method, backend=name) for name in ("reference", "flex"))
+    assert torch.allclose(got, want, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", EXACT)
+def test_the_packed_form_is_the_same_call(backend: str) -> None:
+    c = case()
+    packed = torch.stack(c[:3]).permute(1, 3, 0, 2, 4)  # [B, L, 3, H, d], not contiguous
+    want = rpe_attention(*c, backend=backend)
+    assert torch.equal(rpe_attention_packed(packed, c.table, c.grid, backend=backend), want.transpose(1, 2))
+
+
+@pytest.mark.parametrize("backend", [*EXACT, "flex"])
+def test_without_a_table_it_is_plain_attention(backend: str) -> None:
+    c = case(dim=8)
+    ours = rpe_attention(c.q, c.k, c.v, None, c.grid, backend=backend)
+    assert torch.allclose(ours, F.scaled_dot_product_attention(c.q, c.k, c.v), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_the_bias_can_lie_as_fused_attentions_need_them(dtype: torch.dtype) -> None:
+    c = case((7, 7))
+    q, table = c.q.to(dtype), c.table.to(dtype)
+    aligned = sdpa_module.dense_bias(q, table, Layout(c.grid), 1.0, aligned=8)
+    assert aligned.shape == (2, 2, 50, 50)
+    assert aligned.stride(-2) % 8 == 0
+    assert aligned.stride(-1) == 1
+    assert torch.allclose(aligned.double(), sdpa_module.dense_bias(q, table, Layout(c.grid), 1.0).double(), atol=2e-2)
 
 
 @pytest.mark.parametrize(
@@ -209,9 +304,27 @@ def test_probabilities_sum_to_one() -> None:
     [
         ({"grid": (3, 4)}, "16 tokens do not fit a 3x4 grid with 1 class tokens"),
         ({"cls_tokens": 0}, "16 tokens do not fit a 3x5 grid with 0 class tokens"),
-        ({"table": torch.zeros(3, 4, 50)}, r"table \(3, 4, 50\) fits neither 1 nor 2 heads of size 4"),
-        ({"table": torch.zeros(1, 8, 50)}, r"table \(1, 8, 50\) fits neither 1 nor 2 heads of size 4"),
+        ({"table": torch.zeros(3, 4, 50)}, r"table \(3, 4, 50\) must be \[1 or 2, 4, 50\] or \[1 or 2, 50\]"),
+        ({"table": torch.zeros(1, 8, 50)}, r"table \(1, 8, 50\) must be \[1 or 2, 4, 50\] or \[1 or 2, 50\]"),
+        ({"table": torch.zeros(1, 49)}, r"table \(1, 49\) must be \[1 or 2, 4, 50\] or \[1 or 2, 50\]"),
+        ({"table": torch.zeros(1, 4, 50, device="meta")}, "table is on meta, q, k, v on cpu: one device is allowed"),
+        ({"q": torch.zeros(2, 2, 16, 8)}, r"q, k, v must have one shape \[B, H, L, d\], not \(2, 2, 16, 8\), "),
+        ({"q": torch.zeros(2, 2, 16, 4)}, "q, k, v must have one dtype and one device"),
+        (
+            {name: torch.zeros(2, 2, 16, 4, dtype=torch.int) for name in "qkv"},
+            "must be floating point, not torch.int32",
+        ),
+        ({"grid": (0, 15), "cls_tokens": 16}, "grid 0x15 with 16 class tokens: at least 1x1 with 0 is allowed"),
+        ({"method": "qint"}, "unknown method 'qint': choose product, cross, euclidean, quantised"),
         ({"backend": "flush"}, "unknown attention backend 'flush': choose auto, reference, sdpa, dense"),
+        ({"backend": "xformers"}, "attention backend xformers does not take this call: "),
+        ({"backend": "flash"}, "flash does not take this call: FlashAttention has no bias; it serves models without"),
+        (
+            {"backend": "flash", "table": None},
+            "flash does not take this call: flash-attn is not installed|runs on cuda",
+        ),
+        ({"backend": "cuda"}, "attention backend cuda does not take this call: it runs on cuda, not cpu"),
+        ({"backend": "triton"}, r"dtype torch.float64: float16, bfloat16 and float32 are allowed"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(changes: dict, message: str) -> None:
@@ -219,10 +332,23 @@ def test_arguments_that_do_not_fit_are_named(changes: dict, message: str) -> Non
         rpe_attention(**{**case()._asdict(), **changes})
 
 
+def test_a_packed_projection_of_another_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"qkv must be \[B, L, 3, H, d\], not \(2, 16, 2, 4\)"):
+        rpe_attention_packed(torch.zeros(2, 16, 2, 4), None, (3, 5))
+
+
+def test_flex_says_what_it_cannot_do_on_a_cpu() -> None:
+    c = case()
+    with pytest.raises(ValueError, match="flex does not take this call: FlexAttention has no backward on a cpu"):
+        rpe_attention(c.q.requires_grad_(), *c[1:], backend="flex")
+    with pytest.raises(ValueError, match="head size 12: powers of two are allowed"):
+        rpe_attention(*case(dim=12), backend="flex")
+
+
 def test_what_a_tracer_makes_is_not_kept_for_those_who_compute() -> None:
     grid = (3, 5)
     with FakeTensorMode():
-        product_buckets(grid, 2)
-    kept = product_buckets(grid, 2)
+        bucket_ids(grid, 2)
+    kept = bucket_ids(grid, 2)
     assert type(kept) is torch.Tensor
-    assert product_buckets(grid, 2) is kept
+    assert bucket_ids(grid, 2) is kept

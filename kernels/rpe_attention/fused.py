@@ -1,0 +1,229 @@
+"""Launches of the Triton kernels in `windows.py` and `tiles.py`: blocks of a layout, programs that share problems."""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels.rpe_attention.buckets import piecewise_index
+from kernels.rpe_attention.layout import Layout, Problem
+
+INSTALLED = find_spec("triton") is not None
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+MAX_HEAD = 128
+MAX_CLASS = 64
+MAX_HALF = 7
+"""Buckets per direction of an axis; T has 16 x 16 columns then."""
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def options(kernel: str, dim: int, dtype: torch.dtype, major: int = 9) -> dict[str, int]:
+    """Warps and stages of a kernel by registers and shared memory (`kernels/ahead.py`); they were never timed.
+
+    major: of the compute capability. Windows on Hopper run without stages, so that more of them share a
+    multiprocessor and hide each other's loads.
+    """
+    small = kernel.startswith("forward") or (kernel == "backward_kernel" and major >= 9)
+    warps = 4 if small and dim <= 64 and dtype in HALF_DTYPES else 8
+    return {"num_warps": warps, "num_stages": 1}
+
+
+def triton_refuses(problem: Problem) -> str:
+    """Why the Triton kernels do not take a call; '' when they do."""
+    layout = problem.layout
+    if not INSTALLED:
+        return "triton is not installed: pip install 'sar-foundation[gpu]'"
+    if problem.device == "cpu" and not INTERPRETED:
+        return "it runs on cuda; TRITON_INTERPRET=1 lets it run on a cpu, slowly"
+    if problem.device not in ("cuda", "cpu"):
+        return f"it runs on cuda, not {problem.device}"
+    if problem.bias == "none":
+        return "there is no table: choose flash or sdpa"
+    if problem.dtype not in (*HALF_DTYPES, torch.float32):
+        return f"dtype {problem.dtype}: float16, bfloat16 and float32 are allowed"
+    if problem.device == "cuda" and problem.dtype == torch.float32 and problem.head_dim > 64:
+        return f"head size {problem.head_dim} in float32: at most 64 is allowed, or 128 in bfloat16"
+    if layout.cls_tokens > MAX_CLASS:
+        return f"{layout.cls_tokens} class tokens: at most {MAX_CLASS} are allowed"
+    if problem.head_dim > MAX_HEAD:
+        return f"head size {problem.head_dim}: at most {MAX_HEAD} is allowed"
+    if layout.method != "product" or int(2 * layout.ratio) > MAX_HALF:
+        return f"method {layout.method} with ratio {layout.ratio}: product with a ratio below 4 is allowed"
+    return ""
+
+
+class Blocks(NamedTuple):
+    """The compile-time numbers of the kernels for one layout; see `blocks.py`."""
+
+    HALF: int
+    STEPS: int
+    S: int
+    BX: int
+    """blocks in a row of blocks"""
+    BLOCKS: int
+    LAST: int
+    FIRST: int
+    """class tokens stand in block LAST, from slot FIRST on"""
+
+
+def _power(number: int) -> int:
+    return 1 << max(number - 1, 0).bit_length()
+
+
+@lru_cache(maxsize=256)
+def blocks(layout: Layout) -> Blocks:
+    """Blocks of 8 x 8 patches over the grid; one more for class tokens that find no free rows below the image."""
+    (height, width), half = layout.grid, int(2 * layout.ratio)
+    begins = [next(d for d in range(10**6) if piecewise_index(d, layout.ratio) > b) for b in range(half)]
+    steps = sum(begin << 8 * b for b, begin in enumerate(begins))
+    lines, row = -(-height // 8), -(-width // 8)
+    free = 8 * (8 * lines - height)
+    apart = layout.cls_tokens > free
+    last = lines * row if apart else (lines - 1) * row
+    side = max(8, _power(2 * half + 2))
+    return Blocks(half, steps, side, row, lines * row + apart, last, 0 if apart else 64 - free)
+
+
+def _arguments(
+    kernel: Any, qkv: Tensor, table: Tensor, layout: Layout, qk_scale: float, rpe_scale: float
+) -> dict[str, Any]:
+    """What a kernel takes besides its tensors."""
+    heads, dim = qkv.shape[3:]
+    stride_b, stride_l, stride_3, stride_h, _ = qkv.stride()
+    everything = {
+        "stride_b": stride_b,
+        "stride_l": stride_l,
+        "stride_3": stride_3,
+        "stride_h": stride_h,
+        "table_h": table.stride(0) if table.shape[0] > 1 else 0,
+        "batch": qkv.shape[0],
+        "qk_scale": qk_scale,
+        "rpe_scale": rpe_scale,
+        "H": heads,
+        "L": layout.length,
+        "D": dim,
+        "GH": layout.grid[0],
+        "GW": layout.grid[1],
+        "CLS": layout.cls_tokens,
+        "PLAIN": table.ndim == 2,
+        "DP": max(16, _power(dim)),
+        "UPCAST": INTERPRETED and qkv.dtype == torch.bfloat16,
+        **blocks(layout)._asdict(),
+    }
+    return {name: everything[name] for name in kernel.arg_names if name in everything}
+
+
+def _sharers(qkv: Tensor, others: int) -> int:
+    """Programs among which the windows of a batch are shared: a few for each multiprocessor, whatever the batch."""
+    if qkv.is_cuda:
+        wanted = 4 * torch.cuda.get_device_properties(qkv.device).multi_processor_count
+    else:
+        wanted = 8
+    return max(1, min(qkv.shape[0], -(-wanted // others)))
+
+
+def _options(kernel: Any, qkv: Tensor) -> dict[str, int]:
+    major = torch.cuda.get_device_capability(qkv.device)[0] if qkv.is_cuda else 9
+    return options(kernel.__name__, qkv.shape[-1], qkv.dtype, major)
+
+
+def _last_dense(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def forward(qkv: Tensor, table: Tensor, layout: Layout, qk_scale: float, rpe_scale: float) -> tuple[Tensor, Tensor]:
+    """qkv [B, L, 3, H, d], table [1 or H, d, columns] or [1 or H, columns] → out [B, L, H, d], lse fp32 [B, H, L]."""
+    from kernels.rpe_attention import tiles, windows
+
+    qkv, table = _last_dense(qkv), table.contiguous()
+    batch, length, _, heads, dim = qkv.shape
+    out = qkv.new_empty(batch, length, heads, dim)
+    lse = qkv.new_empty(batch, heads, length, dtype=torch.float32)
+    window = blocks(layout).BLOCKS == 1
+    kernel = (windows if window else tiles).forward_kernel
+    a = _arguments(kernel, qkv, table, layout, qk_scale, rpe_scale)
+    grid = a["BLOCKS"], heads, _sharers(qkv, a["BLOCKS"] * heads)
+    with _on(qkv):
+        kernel[grid](qkv, table, out, lse, **a, **_options(kernel, qkv))
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    qkv: Tensor,
+    table: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: Layout,
+    qk_scale: float,
+    rpe_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv, contiguous in its dtype, and of the table, fp32 in its shape; the same bits in every run."""
+    qkv, table, grad, out = _last_dense(qkv), table.contiguous(), grad.contiguous(), out.contiguous()
+    d_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    with _on(qkv):
+        if blocks(layout).BLOCKS == 1:
+            partials = _window_backward(grad, qkv, table, d_qkv, layout, qk_scale, rpe_scale)
+        else:
+            partials = _tile_backward(grad, qkv, table, out, lse, d_qkv, layout, qk_scale, rpe_scale)
+    return d_qkv, _table_gradient(partials.sum((0, 1)), table, int(2 * layout.ratio), layout.cls_tokens)
+
+
+def _window_backward(
+    grad: Tensor, qkv: Tensor, table: Tensor, d_qkv: Tensor, layout: Layout, qk_scale: float, rpe_scale: float
+) -> Tensor:
+    from kernels.rpe_attention.windows import backward_kernel
+
+    heads = qkv.shape[3]
+    a = _arguments(backward_kernel, qkv, table, layout, qk_scale, rpe_scale)
+    shared = _sharers(qkv, heads)
+    partials = torch.empty(shared, 1, heads, a["DP"], a["S"], a["S"], dtype=torch.float32, device=qkv.device)
+    backward_kernel[(1, heads, shared)](grad, qkv, table, d_qkv, partials, **a, **_options(backward_kernel, qkv))
+    return partials
+
+
+def _tile_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    table: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    d_qkv: Tensor,
+    layout: Layout,
+    qk_scale: float,
+    rpe_scale: float,
+) -> Tensor:
+    from kernels.rpe_attention.tiles import key_backward_kernel, query_backward_kernel
+
+    batch, heads = qkv.shape[0], qkv.shape[3]
+    a = _arguments(query_backward_kernel, qkv, table, layout, qk_scale, rpe_scale)
+    shared = _sharers(qkv, a["BLOCKS"] * heads)
+    partials = torch.zeros(shared, a["BLOCKS"], heads, a["DP"], a["S"], a["S"], dtype=torch.float32, device=qkv.device)
+    delta = torch.empty_like(lse)
+    query_backward_kernel[(a["BLOCKS"], heads, shared)](
+        grad, qkv, table, out, lse, delta, d_qkv, partials, **a, **_options(query_backward_kernel, qkv)
+    )
+    key_backward_kernel[(a["BLOCKS"], heads, batch)](
+        grad, qkv, table, lse, delta, d_qkv, **a, **_options(key_backward_kernel, qkv)
+    )
+    return partials
+
+
+def _table_gradient(sums: Tensor, table: Tensor, half: int, cls_tokens: int) -> Tensor:
+    """[H, DP, S, S], buckets at (a, b), class tokens all along row `side` → the shape of the table."""
+    side = 2 * half + 1
+    columns = sums[:, :, :side, :side].flatten(2)
+    if cls_tokens:
+        columns = torch.cat((columns, sums[:, :, side, :side].sum(2, keepdim=True)), 2)
+    if table.shape[0] == 1:
+        columns = columns.sum(0, keepdim=True)
+    return columns[:, 0] if table.ndim == 2 else columns[:, : table.shape[1]].contiguous()
+
+
+def _on(tensor: Tensor) -> Any:
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.no_grad()
