@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from foundation.cli_bench import bench_app
 from foundation.cli_plan import plan_command
 from foundation.cli_shards import shards_app
 from foundation.cli_text import console, print_table, show
@@ -23,13 +24,11 @@ from shards.errors import ExplainedError
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-bench_app = typer.Typer(invoke_without_command=True)
 app.add_typer(shards_app, name="shards")
 app.add_typer(bench_app, name="bench")
 app.command("plan")(plan_command)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to keys, e.g. optim.lr=3e-4 train.samples=100000")]
-Repeats = Annotated[int, typer.Option(min=1, help="Timed repetitions; the median is printed")]
 Device = Annotated[str, typer.Option(help="Device, e.g. cpu or cuda")]
 
 
@@ -169,12 +168,17 @@ def import_checkpoint(
 
 
 @app.command()
-def parity(folder: Annotated[Path, typer.Argument(help="Folder with reference values (*.npz, *.json)")]) -> None:
+def parity(
+    folder: Annotated[Path, typer.Argument(help="Folder with reference values (*.npz, *.json)")],
+    attention: Annotated[
+        list[str] | None, typer.Option(help="Attention backend to compare; again for more. Default: those of any CPU")
+    ] = None,
+) -> None:
     """Compare this installation with reference values; exit code 1 when a tolerance is exceeded."""
-    from foundation.parity import compare
+    from foundation.parity import ATTENTION, compare
 
     failed = False
-    for line in compare(folder):
+    for line in compare(folder, attention or ATTENTION):
         failed |= line.status == "FAILED"
         colour = {"ok": "green", "FAILED": "bold red"}.get(line.status, "yellow")
         error = "-" if line.error is None else f"{line.error:.1e}"
@@ -191,62 +195,6 @@ def demo(root: Annotated[Path, typer.Option(help="Folder for everything that is 
     from foundation.demo import demo as run_demo
 
     raise typer.Exit(0 if run_demo(root, console) else 1)
-
-
-@bench_app.callback()
-def bench(context: typer.Context) -> None:
-    """Time the parts of the trainer against their alternatives; without a name: step."""
-    if context.invoked_subcommand is None:
-        bench_step()
-
-
-@bench_app.command("step")
-def bench_step(repeats: Repeats = 5) -> None:
-    """Time the gradient target and the training step against their definitions: ratios in one run."""
-    from foundation.bench import rows
-
-    print_table(("what", "ms / image", "times faster", "max error against float64"), rows(repeats))
-
-
-@bench_app.command("loader")
-def bench_loader(
-    repeats: Repeats = 3,
-    python: Annotated[str | None, typer.Option(help="Interpreter that has the peers; default: this one")] = None,
-    passes: Annotated[int, typer.Option(min=0, help="Also: memory over so many passes of a million samples")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Markdown file for the tables")] = None,
-) -> None:
-    """Time the loader against a file per chip, plain WebDataset, and MosaicML streaming and LitData where installed."""
-    from foundation.bench_loader import run, write_markdown
-
-    with console.status("measuring"):
-        found = run(repeats, python, large=passes)
-    for table in found:
-        console.print(f"\n{table.title}", markup=False)
-        print_table(table.header, table.rows)
-    if out:
-        write_markdown(out, f"`foundation bench loader --repeats {repeats}`", found)
-        show("written", out)
-
-
-@bench_app.command("order")
-def bench_order(
-    lanes: Annotated[int, typer.Option(min=1, help="Lanes of the order")] = 960,
-    sources: Annotated[int, typer.Option(min=1, help="Sources that are mixed")] = 4,
-) -> None:
-    """Cost of the order of a billion samples: time per sample, memory, and a seek to anywhere."""
-    from shards.simulation import simulate
-
-    with console.status("measuring"):
-        found = simulate(lanes=lanes, sources=sources)
-    print_table(("figure", "value"), ((name, f"{value:,.4g}") for name, value in found.items()))
-
-
-@bench_app.command("checkpoint")
-def bench_checkpoint(repeats: Repeats = 5) -> None:
-    """Time checkpoints of ViT-B: stall beside the training and in the foreground, and the restart of a process."""
-    from foundation.bench_checkpoint import rows
-
-    print_table(("what", "seconds", "ratio"), rows(repeats))
 
 
 @app.command("list")

@@ -6,7 +6,7 @@ import json
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,12 +24,12 @@ from foundation.objectives.reconstruction import gather_masked
 from foundation.objectives.targets import GradientRatio, patchify
 from foundation.training.optim import learning_rate
 from kernels.gradient_ratio import gradient_ratio
-from kernels.rpe_attention import BACKENDS
 from kernels.rpe_attention.buckets import num_buckets, product_buckets
 
 RADII = (5, 9, 13, 17)
+ATTENTION = ("reference", "sdpa", "dense")
+"""Backends compared unless others are named: those that every CPU has."""
 NOT_COVERED = {
-    "structural_targets_v2.npz": "SARATR-X-v2 target",
     "target_variants.npz": "Gaussian and SAR-HOG targets",
     "hog_targets.npz": "HOG target",
     "mae_pretrain_step.npz": "MAE",
@@ -80,14 +80,23 @@ def _relative(ours: float, theirs: float) -> float:
     return error if error < float("inf") else float("inf")
 
 
-def _targets(arrays: Arrays, _: Path) -> Iterator[tuple[str, float, float, str]]:
+def _targets(arrays: Arrays, _: Path, attention: Sequence[str]) -> Iterator[tuple[str, float, float, str]]:
     for dtype, images in (("uint8", _tensor(arrays["images"])), ("float32", _images(arrays))):
         for backend in ("integral", "reference"):
             ours = gradient_ratio(images, RADII, backend=backend)
             yield f"gradient ratio, radii 5 9 13 17, {backend}, {dtype}", _gap(ours, arrays["targets"]), 3e-5, ""
 
 
-def _buckets(arrays: Arrays, _: Path) -> Iterator[tuple[str, float, float, str]]:
+def _structural(arrays: Arrays, _: Path, attention: Sequence[str]) -> Iterator[tuple[str, float, float, str]]:
+    for dtype, images in (("uint8", _tensor(arrays["images"])), ("float32", _images(arrays))):
+        for backend in ("integral", "reference"):
+            scales = gradient_ratio(images, (3, 5, 9, 13, 17), 1e-6, "exclude", backend, blind_spot=True, sigmoid=True)
+            yield f"SARATR-X v2, six scales, {backend}, {dtype}", _gap(scales, arrays["scales"]), 1e-5, ""
+    fused = scales.mean(1)  # of equal weights
+    yield "SARATR-X v2, fused with equal weights", _gap(fused, arrays["fused_equal_weights"]), 1e-5, ""
+
+
+def _buckets(arrays: Arrays, _: Path, attention: Sequence[str]) -> Iterator[tuple[str, float, float, str]]:
     for name in sorted(arrays):
         if match := re.fullmatch(r"product_(\d+)x(\d+)", name):
             grid = int(match[1]), int(match[2])
@@ -108,7 +117,7 @@ def _loaded_model(arrays: Arrays, backend: str) -> MaskedWindowModel:
     return model
 
 
-def _step(arrays: Arrays, _: Path) -> Iterator[tuple[str, float, float, str]]:
+def _step(arrays: Arrays, _: Path, attention: Sequence[str]) -> Iterator[tuple[str, float, float, str]]:
     images = _images(arrays)
     n = images.shape[0]
     # Row r of the file belongs to image r mod N: window-major. Ours is [image, window, ...].
@@ -116,7 +125,7 @@ def _step(arrays: Arrays, _: Path) -> Iterator[tuple[str, float, float, str]]:
     mask = _tensor(arrays["mask"]).unflatten(0, (-1, n)).transpose(0, 1)
     hidden = mask.nonzero()[:, 2].view(*mask.shape[:2], -1)
     pred = _tensor(arrays["pred"]).unflatten(0, (-1, n)).transpose(0, 1)
-    for backend in BACKENDS:
+    for backend in attention:
         model = _loaded_model(arrays, backend)
         everything = model(images, ids, hidden, predict_all=True)
         yield f"prediction, {backend}", _gap(everything, pred.numpy()), 1e-4, ""
@@ -135,10 +144,10 @@ def _step(arrays: Arrays, _: Path) -> Iterator[tuple[str, float, float, str]]:
 
 
 @torch.no_grad()
-def _classifier(arrays: Arrays, folder: Path) -> Iterator[tuple[str, float, float, str]]:
+def _classifier(arrays: Arrays, folder: Path, attention: Sequence[str]) -> Iterator[tuple[str, float, float, str]]:
     step = _read(folder / "sarjepa_pretrain_step.npz")
     images = _images(step)
-    for backend in BACKENDS:
+    for backend in attention:
         encoder = _loaded_model(step, backend).encoder.eval()
         features = encoder(images)
         yield f"class-token features, {backend}", _gap(features, arrays["cls_features"]), 1e-4, ""
@@ -148,7 +157,7 @@ def _classifier(arrays: Arrays, folder: Path) -> Iterator[tuple[str, float, floa
     yield "attention distance (px)", _gap(distances, arrays["mean_attention_distance"]), 1e-2, "all blocks and heads"
 
 
-def _schedule(values: dict, _: Path) -> Iterator[tuple[str, float, float, str]]:
+def _schedule(values: dict, _: Path, attention: Sequence[str]) -> Iterator[tuple[str, float, float, str]]:
     peak = values["base_lr"] * values["batch"] / 256
     per_epoch = 100_000  # any number of samples per epoch gives the same curve
     warmup, total = values["warmup_epochs"] * per_epoch, values["epochs"] * per_epoch
@@ -157,7 +166,7 @@ def _schedule(values: dict, _: Path) -> Iterator[tuple[str, float, float, str]]:
     yield f"learning rate at {len(ours)} epochs", error, 1e-6, "relative to the peak"
 
 
-def _shapes(values: dict, _: Path) -> Iterator[tuple[str, float, float, str]]:
+def _shapes(values: dict, _: Path, attention: Sequence[str]) -> Iterator[tuple[str, float, float, str]]:
     published = {name: torch.empty(shape, device="meta") for name, shape in values.items()}
     with torch.device("meta"):
         theirs = from_published(published)
@@ -171,6 +180,7 @@ def _shapes(values: dict, _: Path) -> Iterator[tuple[str, float, float, str]]:
 Check = Callable[..., Iterator[tuple[str, float, float, str]]]
 CHECKS: dict[str, Check] = {
     "gradient_targets.npz": _targets,
+    "structural_targets_v2.npz": _structural,
     "rpe_buckets.npz": _buckets,
     "sarjepa_pretrain_step.npz": _step,
     "classifier.npz": _classifier,
@@ -194,8 +204,10 @@ def _read(path: Path) -> dict:
         raise DataError(f"{path.name} cannot be read: {error}", where=str(path)) from error
 
 
-def compare(folder: Path) -> Iterator[Line]:
-    """Every comparison the files of `folder` allow. A file that cannot be compared is a FAILED line, never silence.
+def compare(folder: Path, attention: Sequence[str] = ATTENTION) -> Iterator[Line]:
+    """Every comparison the files of `folder` allow; steps are made by each named attention backend.
+
+    A file that cannot be compared is a FAILED line, never silence.
 
     Raises DataError when the folder holds no reference values at all.
     """
@@ -204,7 +216,7 @@ def compare(folder: Path) -> Iterator[Line]:
         raise DataError("no reference values here", where=str(folder), do="name a folder with *.npz and *.json")
     for name in [n for n in CHECKS if n in present]:
         try:
-            for item, error, tolerance, note in CHECKS[name](_read(folder / name), folder):
+            for item, error, tolerance, note in CHECKS[name](_read(folder / name), folder, attention):
                 yield Line(name, item, error, tolerance, note)
         except (
             ExplainedError,

@@ -37,11 +37,15 @@ class Backend(NamedTuple):
 
     @property
     def unavailable(self) -> str:
-        """Why it cannot run on this machine ('' when it can), for training in 7 x 7 windows."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        window = Problem(device, torch.bfloat16, 12, 64, Layout((7, 7)), trains=True)
-        reason = self.refuses(window)
-        return self.refuses(window._replace(bias="none")) if "no bias" in reason else reason
+        """Why it cannot run on this machine; '' when it takes any of the calls that models make in training."""
+        reasons = [self.refuses(problem) for problem in trials("cuda" if torch.cuda.is_available() else "cpu")]
+        return "" if "" in reasons else reasons[0]
+
+
+def trials(device: str, heads: int = 12, head_dim: int = 64, grid: tuple[int, int] = (7, 7)) -> list[Problem]:
+    """Calls of training in windows on a type of device, in bf16 and fp32, with a table and without."""
+    first = Problem(device, torch.bfloat16, heads, head_dim, Layout(grid), trains=True)
+    return [first._replace(bias=bias, dtype=d) for bias in ("contextual", "none") for d in (first.dtype, torch.float32)]
 
 
 BACKENDS = {
@@ -52,7 +56,7 @@ BACKENDS = {
         xformers, "memory_efficient_attention with the same dense bias, or without one", xformers_refuses
     ),
     "flash": Backend(flash, "FlashAttention 2 or 4, for models without relative positions", flash_refuses),
-    "flex": Backend(flex, "PyTorch FlexAttention that looks products of query and table up", flex_refuses),
+    "flex": Backend(flex, "PyTorch FlexAttention; products of query and table are looked up inside", flex_refuses),
     "triton": Backend(None, "fused kernels in Triton, no map, table gradient without atomics", triton_refuses),
     "cuda": Backend(None, "fused CUDA kernel of short windows, bf16, table gradient without atomics", cuda_refuses),
 }

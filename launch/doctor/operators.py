@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from launch.doctor.rows import Frozen, Place, Row, Status, each
 
 TOLERANCE = 5e-3
 """Largest error, relative to the largest value: TF32 passes, a kernel that was built for another device does not."""
-GRID, HEADS, WIDTH = (4, 4), 2, 16
+HALF_TOLERANCE = 3e-2
+"""Of a backend that takes bf16 only."""
+GRID, HEADS, WIDTH = (4, 4), 2, 32
 RADII = (3, 5)
 
 
@@ -22,6 +25,7 @@ class Outcome(Frozen):
     backend: str
     error: float | None = None
     """Relative to the largest value of the definition; None: it did not run to its end."""
+    tolerance: float = TOLERANCE
     unavailable: str = ""
     failure: str = ""
 
@@ -43,44 +47,55 @@ def look(device: torch.device) -> Outcomes:
         return Outcomes(failure=f"{type(error).__name__}: {error}")
     results = []
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        for operator, backends, trial in (
-            ("rpe_attention", ATTENTION, _attention),
-            ("gradient_ratio", TARGETS, _gradient_ratio),
-        ):
-            for name, row in backends.items():
-                if row.unavailable:
-                    results.append(Outcome(operator=operator, backend=name, unavailable=row.unavailable))
-                else:
-                    results.append(_outcome(operator, name, trial, device))
+        results += [_attention_outcome(name, row, device) for name, row in ATTENTION.items()]
+        for name, target in TARGETS.items():
+            outcome = Outcome(operator="gradient_ratio", backend=name, unavailable=target.unavailable)
+            results.append(outcome if target.unavailable else _outcome(outcome, _gradient_ratio, name, device))
     return Outcomes(results=tuple(results))
 
 
-def _outcome(operator: str, backend: str, trial: Callable[[str, torch.device], float], device: torch.device) -> Outcome:
+def _outcome(outcome: Outcome, trial: Callable[..., float], *arguments: Any) -> Outcome:
     try:
-        return Outcome(operator=operator, backend=backend, error=trial(backend, device))
+        return outcome.model_copy(update={"error": trial(*arguments)})
     except Exception as error:  # a kernel that does not load may fail with anything: that is what is looked for
         text = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        return Outcome(operator=operator, backend=backend, failure=f"{type(error).__name__}: {text}")
+        return outcome.model_copy(update={"failure": f"{type(error).__name__}: {text}"})
 
 
-def _attention(backend: str, device: torch.device) -> float:
-    """Error of the output and of all four gradients."""
+def _attention_outcome(name: str, row: Any, device: torch.device) -> Outcome:
+    """In fp32 where the backend takes it, else in bf16; without a table where it takes none."""
+    from kernels.rpe_attention import trials
+
+    problems = sorted(trials(device.type, HEADS, WIDTH, GRID), key=lambda p: p.dtype != torch.float32)
+    reasons = [row.refuses(problem) for problem in problems]
+    if "" not in reasons:
+        return Outcome(operator="rpe_attention", backend=name, unavailable=reasons[0])
+    problem = problems[reasons.index("")]
+    tolerance = TOLERANCE if problem.dtype == torch.float32 else HALF_TOLERANCE
+    outcome = Outcome(operator="rpe_attention", backend=name, tolerance=tolerance)
+    return _outcome(outcome, _attention, name, device, problem)
+
+
+def _attention(backend: str, device: torch.device, problem: Any) -> float:
+    """Error of the output and of all gradients."""
     from kernels.rpe_attention import rpe_attention
-    from kernels.rpe_attention.buckets import num_buckets
 
-    length = 1 + GRID[0] * GRID[1]
     random = torch.Generator().manual_seed(0)
-    shapes = [(1, HEADS, length, WIDTH)] * 3 + [(1, WIDTH, num_buckets())]
-    inputs = [torch.randn(shape, generator=random, dtype=torch.float64) for shape in shapes]
-    weight = torch.randn(shapes[0], generator=random, dtype=torch.float64)
+    shape = (1, HEADS, problem.layout.length, WIDTH)
+    inputs = [torch.randn(shape, generator=random, dtype=torch.float64) for _ in "qkv"]
+    if problem.bias != "none":
+        inputs.append(torch.randn(1, WIDTH, problem.layout.columns, generator=random, dtype=torch.float64) / WIDTH**0.5)
+    inputs = [each.to(problem.dtype).double() for each in inputs]  # what the backend is given, exactly
+    weight = torch.randn(shape, generator=random, dtype=torch.float64)
 
     def run(name: str, place: torch.device, dtype: torch.dtype) -> list[Tensor]:
-        q, k, v, table = leaves = [each.to(place, dtype).requires_grad_() for each in inputs]
-        out = rpe_attention(q, k, v, table, GRID, backend=name)
-        (out * weight.to(place, dtype)).sum().backward()
+        leaves = [each.to(place, dtype).requires_grad_() for each in inputs]
+        q, k, v, *table = leaves
+        out = rpe_attention(q, k, v, table[0] if table else None, GRID, backend=name)
+        (out.double() * weight.to(place)).sum().backward()
         return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
-    found = run(backend, device, torch.float32)
+    found = run(backend, device, problem.dtype)
     expected = run("reference", torch.device("cpu"), torch.float64)
     return max(_error(one, other) for one, other in zip(found, expected, strict=True))
 
@@ -119,7 +134,7 @@ def rows(places: Sequence[Place], facts: Sequence[Outcomes]) -> Iterator[Row]:
 
 
 def _right(result: Outcome) -> bool:
-    return result.error is not None and result.error <= TOLERANCE
+    return result.error is not None and result.error <= result.tolerance
 
 
 def _verdict(fact: Outcomes) -> tuple[Status, str, str]:

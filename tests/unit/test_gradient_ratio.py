@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +16,18 @@ from torch import Tensor
 from kernels.gradient_ratio import BACKENDS, gradient_ratio
 from kernels.gradient_ratio.reference import reference
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "gradient_targets.npz"
+GOLDEN = Path(__file__).parents[1] / "golden"
 FULL_SCALE = {torch.uint8: 255, torch.uint16: 65535}
 BRIEF = settings(max_examples=30, deadline=None)
+V2 = {"radii": (3, 5, 9, 13, 17), "offset": 1e-6, "centre": "exclude", "blind_spot": True, "sigmoid": True}
+ROWS = {name: pytest.mark.skipif(bool(row.unavailable), reason=row.unavailable) for name, row in BACKENDS.items()}
+EACH_BACKEND = pytest.mark.parametrize("backend", [pytest.param(name, marks=mark) for name, mark in ROWS.items()])
+
+
+def computed(images: Tensor, backend: str, **arguments: Any) -> Tensor:
+    """The maps, on the CPU; Triton computes them on a GPU where there is one."""
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    return gradient_ratio(images.to(device), backend=backend, **arguments).cpu()
 
 
 def speckle(dtype: torch.dtype, batch: int, height: int, width: int, seed: int = 0) -> Tensor:
@@ -30,18 +40,32 @@ def speckle(dtype: torch.dtype, batch: int, height: int, width: int, seed: int =
     return torch.from_numpy(amplitude).to(dtype)
 
 
-def definition(images: Tensor, radii: tuple[int, ...], offset: float = 0.01, centre: str = "include") -> Tensor:
+def definition(
+    images: Tensor, radii: tuple[int, ...], offset: float = 0.01, centre: str = "include", **how: Any
+) -> Tensor:
     """The definition in float64."""
-    return reference(images.double() / FULL_SCALE.get(images.dtype, 1), radii, offset, centre)
+    return reference(images.double() / FULL_SCALE.get(images.dtype, 1), radii, offset, centre, **how)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@EACH_BACKEND
 @pytest.mark.parametrize("floats", [False, True], ids=["uint8", "float32"])
 def test_every_backend_gives_the_published_values(backend: str, floats: bool) -> None:
-    with np.load(GOLDEN, allow_pickle=False) as golden:
+    with np.load(GOLDEN / "gradient_targets.npz", allow_pickle=False) as golden:
         images, targets = torch.from_numpy(golden["images"]), torch.from_numpy(golden["targets"])
-    ours = gradient_ratio(images.float() / 255 if floats else images, backend=backend)
+    ours = computed(images.float() / 255 if floats else images, backend)
     assert (ours - targets).abs().max() <= 3e-5
+
+
+@EACH_BACKEND
+@pytest.mark.parametrize("floats", [False, True], ids=["uint8", "float32"])
+def test_one_call_gives_the_six_published_scales_of_the_second_version(backend: str, floats: bool) -> None:
+    with np.load(GOLDEN / "structural_targets_v2.npz", allow_pickle=False) as golden:
+        images, scales = torch.from_numpy(golden["images"]), torch.from_numpy(golden["scales"])
+        fused = torch.from_numpy(golden["fused_equal_weights"])
+    ours = computed(images.float() / 255 if floats else images, backend, **V2)
+    assert ours.shape == scales.shape
+    assert (ours - scales).abs().max() <= 1e-5
+    assert (ours.mean(1) - fused).abs().max() <= 1e-5
 
 
 @BRIEF
@@ -52,6 +76,8 @@ def test_every_backend_gives_the_published_values(backend: str, floats: bool) ->
     radii=st.lists(st.integers(1, 19), min_size=1, max_size=4).map(tuple),
     offset=st.sampled_from([1e-3, 0.01, 0.3]),
     centre=st.sampled_from(["include", "exclude"]),
+    blind_spot=st.booleans(),
+    sigmoid=st.booleans(),
     seed=st.integers(0, 99),
 )
 def test_sums_are_exact_for_every_size_radius_and_pixel_type(
@@ -61,13 +87,16 @@ def test_sums_are_exact_for_every_size_radius_and_pixel_type(
     radii: tuple[int, ...],
     offset: float,
     centre: str,
+    blind_spot: bool,
+    sigmoid: bool,
     seed: int,
 ) -> None:
     images = speckle(dtype, batch, *sides, seed)
-    ours = gradient_ratio(images, radii, offset, centre, backend="integral")
+    how = {"blind_spot": blind_spot, "sigmoid": sigmoid}
+    ours = gradient_ratio(images, radii, offset, centre, backend="integral", **how)
     assert ours.dtype == torch.float32
-    assert ours.shape == (batch, len(radii), *sides)
-    assert (ours - definition(images, radii, offset, centre)).abs().max() < 1e-6
+    assert ours.shape == (batch, blind_spot + len(radii), *sides)
+    assert (ours - definition(images, radii, offset, centre, **how)).abs().max() < 1e-6
 
 
 def test_bright_16_bit_images_do_not_overflow_the_integer_sums() -> None:
@@ -75,6 +104,32 @@ def test_bright_16_bit_images_do_not_overflow_the_integer_sums() -> None:
     images[..., ::7] = 65535 // 2
     assert images.double().sum() > 2**31
     assert (gradient_ratio(images, (9,)) - definition(images, (9,))).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("radius", [140, 185])
+@pytest.mark.parametrize("backend", ["integral", pytest.param("triton", marks=ROWS["triton"])])
+def test_half_windows_whose_sum_passes_31_or_32_bits_are_exact_too(backend: str, radius: int) -> None:
+    line = np.full(190, 65535)
+    line[::7] = 0
+    images = torch.from_numpy(np.broadcast_to(line, (1, 1, 200, 190)).astype(np.uint16))
+    # All rows are alike: top and bottom are equal, left and right are sums over one row.
+    padded = np.concatenate([[0.0], np.pad(line / 65535 + 0.01, radius, mode="reflect").cumsum()])
+    left = padded[radius + 1 : radius + 191] - padded[:190]
+    right = padded[2 * radius + 1 : 2 * radius + 191] - padded[radius : radius + 190]
+    ours = computed(images, backend, radii=(radius,))[0, 0]
+    assert (ours - torch.from_numpy(np.abs(np.log(left / right)))).abs().max() < 1e-6
+
+
+@EACH_BACKEND
+def test_the_blind_spot_does_not_see_its_own_pixel(backend: str) -> None:
+    images = speckle(torch.uint8, 1, 24, 31)
+    images[..., 11, 17] = 0
+    brighter = images.clone()
+    brighter[..., 11, 17] = 255
+    changed = computed(images, backend, **V2)[0, 0] != computed(brighter, backend, **V2)[0, 0]
+    assert not changed[11, 17]
+    assert changed.sum() == 8
+    assert changed[10:13, 16:19].sum() == 8
 
 
 def test_the_float32_definition_loses_digits_that_the_integer_sums_keep() -> None:
@@ -118,27 +173,31 @@ def test_one_bright_pixel_is_seen_in_one_half_of_each_pair(radius: int) -> None:
     assert not ours[~reached].any()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@EACH_BACKEND
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_a_constant_image_has_no_gradient_anywhere(backend: str, dtype: torch.dtype) -> None:
     images = torch.full((2, 1, 40, 40), 3, dtype=dtype) / (1 if dtype == torch.uint8 else 7)
-    ours = gradient_ratio(images.to(dtype), backend=backend)
+    ours = computed(images.to(dtype), backend)
     assert torch.allclose(ours, torch.zeros(()), atol=1e-5 if backend == "reference" else 0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@EACH_BACKEND
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_autocast_does_not_change_a_bit(backend: str, dtype: torch.dtype) -> None:
     images = speckle(dtype, 1, 40, 44)
-    plain = gradient_ratio(images, backend=backend)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(gradient_ratio(images, backend=backend), plain)
+    plain = computed(images, backend)
+    with torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16):
+        assert torch.equal(computed(images, backend), plain)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@EACH_BACKEND
 def test_targets_carry_no_gradient(backend: str) -> None:
     images = speckle(torch.float32, 1, 40, 40).requires_grad_()
-    assert not gradient_ratio(images, backend=backend).requires_grad
+    assert not computed(images, backend).requires_grad
+
+
+def test_an_empty_batch_has_maps_of_no_images() -> None:
+    assert gradient_ratio(torch.zeros(0, 1, 40, 52), **V2).shape == (0, 6, 40, 52)
 
 
 def test_each_image_of_a_batch_is_computed_for_itself() -> None:
@@ -153,7 +212,11 @@ def test_each_image_of_a_batch_is_computed_for_itself() -> None:
         ((2, 3, 40, 40), {}, r"takes \[B, 1, H, W\], not \(2, 3, 40, 40\)"),
         ((1, 1, 40, 17), {}, r"radii \(5, 9, 13, 17\) need 1 <= r < image side, which is 17"),
         ((1, 1, 40, 40), {"radii": (0, 5)}, r"radii \(0, 5\) need 1 <= r"),
-        ((1, 1, 40, 40), {"backend": "fft"}, r"unknown target backend 'fft': choose auto, reference, integral"),
+        ((1, 1, 40, 40), {"radii": ()}, r"radii \(\) need 1 <= r"),
+        ((1, 1, 40, 40), {"radii": (5,), "offset": 0.0}, r"offset 0.0 must be positive and finite"),
+        ((1, 1, 40, 40), {"radii": (5,), "offset": math.inf}, r"offset inf must be positive and finite"),
+        ((1, 1, 40, 40), {"radii": (5,), "centre": "both"}, r"centre 'both' is neither 'include' nor 'exclude'"),
+        ((1, 1, 40, 40), {"backend": "fft"}, r"unknown target backend 'fft': choose auto, reference, integral, triton"),
     ],
 )
 def test_what_cannot_be_computed_is_said(shape: tuple[int, ...], arguments: dict, message: str) -> None:
@@ -161,7 +224,7 @@ def test_what_cannot_be_computed_is_said(shape: tuple[int, ...], arguments: dict
         gradient_ratio(torch.zeros(shape), **arguments)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_images_are_refused(dtype: torch.dtype) -> None:
-    with pytest.raises(ValueError, match=f"float32, float64 or integer images, not {dtype}"):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int32])
+def test_pixels_that_cannot_be_summed_exactly_are_refused(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"from uint8, uint16, float32 or float64 images, not {dtype}"):
         gradient_ratio(torch.zeros(1, 1, 40, 40, dtype=dtype))

@@ -17,7 +17,7 @@ ALLOWED = {
         *("shards", "numpy", "torch", "webdataset", "PIL", "scipy", "pyarrow", "fsspec", "filelock", "zstandard"),
         *("rasterio", "sarkit", "h5py", "matplotlib", "jinja2", "aiohttp", "gcsfs"),
     },
-    "kernels": {"kernels", "numpy", "torch", "triton"},
+    "kernels": {"kernels", "numpy", "torch", "triton", "filelock", "xformers", "flash_attn"},
 }
 
 

@@ -14,9 +14,8 @@ import torch
 from published import Shape, write_reference
 
 from foundation.errors import DataError
-from foundation.parity import CHECKS, NOT_COVERED, Line, compare
+from foundation.parity import ATTENTION, CHECKS, NOT_COVERED, Line, compare
 from kernels.gradient_ratio.reference import reference
-from kernels.rpe_attention import BACKENDS
 from kernels.rpe_attention.buckets import num_buckets, product_buckets
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -89,10 +88,19 @@ def test_the_published_values_pass_and_every_file_is_accounted_for() -> None:
 
 def test_every_backend_is_compared_with_every_value() -> None:
     items = {(line.file, line.item) for line in compare(GOLDEN)}
-    for backend in BACKENDS:
+    for backend in ATTENTION:
         named = {file: {i for f, i in items if f == file and i.endswith(f", {backend}")} for file in (STEP, CLASSIFIER)}
         assert len(named[STEP]) == 3, named
         assert len(named[CLASSIFIER]) == 2, named
+
+
+def test_the_fused_kernels_make_the_published_step(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    for name in (STEP, CLASSIFIER):
+        shutil.copy(GOLDEN / name, tmp_path)
+    lines = list(compare(tmp_path, ["triton"]))
+    assert len([line for line in lines if line.item.endswith(", triton")]) == 5
+    assert [line for line in lines if line.status != "ok"] == []
 
 
 def test_the_command_says_ok_line_by_line_and_exits_with_zero(folder: Path, command: Command) -> None:
@@ -154,7 +162,7 @@ def test_one_changed_value_fails_with_its_file_and_exit_code_1(
 )
 def test_reference_values_of_any_configuration_can_be_compared(tmp_path: Path, shape: Shape) -> None:
     lines = list(compare(write_reference(tmp_path, shape, seed=3)))
-    assert len(lines) == len(BACKENDS) * 5 + 1
+    assert len(lines) == len(ATTENTION) * 5 + 1
     assert [line for line in lines if line.status != "ok"] == []
 
 
@@ -213,7 +221,8 @@ def test_a_damaged_file_is_a_failure_and_the_others_are_still_compared(
     assert f"{name} cannot be read: " in line.note
     assert reason in line.note
     assert "\n" not in line.note
-    assert {other.file for other in compare(folder) if other.status == "ok"} == set(CHECKS) - {name, CLASSIFIER}
+    others = {path.name for path in folder.iterdir()} - {name}
+    assert {other.file for other in compare(folder) if other.status == "ok"} == others & set(CHECKS)
 
 
 @pytest.mark.parametrize(
