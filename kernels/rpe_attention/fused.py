@@ -22,15 +22,16 @@ MAX_HALF = 7
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def options(kernel: str, dim: int, dtype: torch.dtype, major: int = 9) -> dict[str, int]:
+def options(kernel: Any, dim: int, dtype: torch.dtype, major: int = 9) -> dict[str, int]:
     """Warps and stages of a kernel by registers and shared memory (`kernels/ahead.py`); they were never timed.
 
-    major: of the compute capability. Windows on Hopper run without stages, so that more of them share a
-    multiprocessor and hide each other's loads.
+    major: of the compute capability. Windows run without stages, so that more of them share a multiprocessor and hide
+    each other's loads.
     """
-    small = kernel.startswith("forward") or (kernel == "backward_kernel" and major >= 9)
+    window = kernel.__module__.endswith("windows")
+    small = kernel.__name__ == "forward_kernel" or (window and major >= 9)
     warps = 4 if small and dim <= 64 and dtype in HALF_DTYPES else 8
-    return {"num_warps": warps, "num_stages": 1}
+    return {"num_warps": warps, "num_stages": 1 if window or major >= 10 else 2}
 
 
 def triton_refuses(problem: Problem) -> str:
@@ -89,13 +90,30 @@ def blocks(layout: Layout) -> Blocks:
     return Blocks(half, steps, side, row, lines * row + apart, last, 0 if apart else 64 - free)
 
 
+def constants(kernel: Any, layout: Layout, heads: int, dim: int, plain: bool, upcast: bool = False) -> dict[str, Any]:
+    """What a kernel is compiled for."""
+    everything = {
+        "H": heads,
+        "L": layout.length,
+        "D": dim,
+        "GH": layout.grid[0],
+        "GW": layout.grid[1],
+        "CLS": layout.cls_tokens,
+        "PLAIN": plain,
+        "DP": max(16, _power(dim)),
+        "UPCAST": upcast,
+        **blocks(layout)._asdict(),
+    }
+    return {name: value for name, value in everything.items() if name in kernel.arg_names}
+
+
 def _arguments(
     kernel: Any, qkv: Tensor, table: Tensor, layout: Layout, qk_scale: float, rpe_scale: float
 ) -> dict[str, Any]:
     """What a kernel takes besides its tensors."""
     heads, dim = qkv.shape[3:]
     stride_b, stride_l, stride_3, stride_h, _ = qkv.stride()
-    everything = {
+    return {
         "stride_b": stride_b,
         "stride_l": stride_l,
         "stride_3": stride_3,
@@ -104,18 +122,8 @@ def _arguments(
         "batch": qkv.shape[0],
         "qk_scale": qk_scale,
         "rpe_scale": rpe_scale,
-        "H": heads,
-        "L": layout.length,
-        "D": dim,
-        "GH": layout.grid[0],
-        "GW": layout.grid[1],
-        "CLS": layout.cls_tokens,
-        "PLAIN": table.ndim == 2,
-        "DP": max(16, _power(dim)),
-        "UPCAST": INTERPRETED and qkv.dtype == torch.bfloat16,
-        **blocks(layout)._asdict(),
+        **constants(kernel, layout, heads, dim, table.ndim == 2, INTERPRETED and qkv.dtype == torch.bfloat16),
     }
-    return {name: everything[name] for name in kernel.arg_names if name in everything}
 
 
 def _sharers(qkv: Tensor, others: int) -> int:
@@ -129,7 +137,7 @@ def _sharers(qkv: Tensor, others: int) -> int:
 
 def _options(kernel: Any, qkv: Tensor) -> dict[str, int]:
     major = torch.cuda.get_device_capability(qkv.device)[0] if qkv.is_cuda else 9
-    return options(kernel.__name__, qkv.shape[-1], qkv.dtype, major)
+    return options(kernel, qkv.shape[-1], qkv.dtype, major)
 
 
 def _last_dense(tensor: Tensor) -> Tensor:
@@ -147,7 +155,8 @@ def forward(qkv: Tensor, table: Tensor, layout: Layout, qk_scale: float, rpe_sca
     window = blocks(layout).BLOCKS == 1
     kernel = (windows if window else tiles).forward_kernel
     a = _arguments(kernel, qkv, table, layout, qk_scale, rpe_scale)
-    grid = a["BLOCKS"], heads, _sharers(qkv, a["BLOCKS"] * heads)
+    parts = blocks(layout).BLOCKS
+    grid = parts, heads, _sharers(qkv, parts * heads)
     with _on(qkv):
         kernel[grid](qkv, table, out, lse, **a, **_options(kernel, qkv))
     return out, lse
