@@ -28,8 +28,11 @@ class Needs(NamedTuple):
 def needs(
     kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any], architecture: str, **options: int
 ) -> Needs:
-    """Compile a `triton.jit` function for an architecture. types: Triton's name of each argument's type (`*bf16`); options: num_warps,
-    num_stages."""
+    """Compile a `triton.jit` function for an architecture.
+
+    types: Triton's name of each argument's type (`*bf16`); constants: values of the others; options: num_warps and
+    num_stages.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

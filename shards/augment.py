@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from shards.addressed import uniform
 from shards.errors import DataError
+from shards.placing import placed
 
 if TYPE_CHECKING:
     from shards.stream import Batch
@@ -92,7 +93,7 @@ def values(amplitudes: Tensor, scale: Tensor, decibels: Tensor) -> Tensor:
 
 def _sizes(batch: Batch) -> Tensor:
     """Height and width of every image, fp64 [B, 2]."""
-    return torch.tensor([p.shape[-2:] for p in batch.pixels], dtype=torch.float64, device=batch.position.device)
+    return placed([p.shape[-2:] for p in batch.pixels], batch.position.device, torch.float64)
 
 
 def _resample(batch: Batch, boxes: Tensor, flip: Tensor, size: int, contrast: Tensor | None = None) -> Tensor:
@@ -112,7 +113,7 @@ def _resample(batch: Batch, boxes: Tensor, flip: Tensor, size: int, contrast: Te
     out = torch.empty(len(boxes), *channels, size, size, device=boxes.device)
     with torch.autocast(boxes.device.type, enabled=False):  # targets are computed from these images: fp32, always
         for padded, group in groups.items():
-            members = torch.tensor(group, device=boxes.device)
+            members = placed(group, boxes.device)
             top, left, rise, run = boxes[members].unbind(1)
             down = _taps(top, rise, torch.zeros_like(flip[members]), size, padded[0])
             across = _taps(left, run, flip[members], size, padded[1])

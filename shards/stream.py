@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, count, islice
 from queue import SimpleQueue
 from threading import Thread
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 from shards.catalog import Catalog
 from shards.errors import DataError
 from shards.order import Mixture, check_division, rank_positions
+from shards.placing import placed
 from shards.reader import CorruptSample, Reader, Sample
 
 __all__ = ["Batch", "Reader", "Replaced", "Sample", "Stream"]
@@ -64,11 +65,9 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; the pixels travel as one buffer."""
         flat, layout = _pack([p.cpu().numpy() for p in self.pixels])
-        if torch.device(device).type == "cuda":
-            flat = flat.pin_memory()
         tensors = ("scale", "decibels", "label", "position", "sample_id")
-        rest = {name: getattr(self, name).to(device) for name in tensors}
-        return replace(self, pixels=_unpack(flat.to(device, non_blocking=True), layout), **rest)
+        rest: dict[str, Any] = {name: placed(getattr(self, name), device) for name in tensors}
+        return replace(self, pixels=_unpack(placed(flat, device), layout), **rest)
 
     @staticmethod
     def of(samples: list[Sample], position: Tensor | None = None, sample_id: Tensor | None = None) -> Batch:

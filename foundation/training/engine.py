@@ -30,7 +30,6 @@ from foundation.training.declared import declared
 from foundation.training.optim import MOMENTS, build_optimizer, rules
 from foundation.training.ranks import ALONE, Ranks
 
-Check = Callable[[Tensor], None]
 JOIN = timedelta(minutes=10)  # until all processes of a run have met
 LONG = timedelta(minutes=30)  # of a collective: the first ones wait for compilers and slow disks
 
@@ -66,15 +65,14 @@ class Engine:
         """Add the gradients of a loss; over processes they become means."""
         loss.backward()
 
-    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, check: Check) -> Tensor:
-        """Clip, `check` the norm, step at this learning rate and drop the gradients.
+    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> Tensor:
+        """Clip, step at this learning rate and drop the gradients.
 
-        Returns the norm of the gradient of the global batch before clipping. What `check` raises stops the update.
+        Returns the norm of the gradient of the global batch before clipping, on the device.
         """
         limit = self.config.optim.grad_clip
         norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf") if limit is None else limit)
         norm = self.whole(norm)
-        check(norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()

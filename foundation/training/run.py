@@ -22,6 +22,7 @@ from foundation.training.data import (
     open_stream,
     report_replaced,
 )
+from foundation.training.finite import Finite
 from foundation.training.lock import owned
 from foundation.training.meters import Throughput
 from foundation.training.places import home
@@ -119,16 +120,18 @@ def loop(learner: Learner, saver: Saver, catalog: Catalog, stream: Stream, track
     meter, replaced, told = Throughput(), 0, 0
     stall: dict[str, float] = {}
     watch = Watch(config.run_folder, engine.agree)
-    steps = whole_steps(stream, train.global_batch // engine.world_size)
+    steps, finite = whole_steps(stream, train.global_batch // engine.world_size), Finite()
     while position < end:
         with meter.waiting():
             batches = next(steps)
         replaced += report_replaced(config, batches, engine.rank)
         values = train_step(learner, batches, position)
+        finite.note(values["grad_norm"], position)
         position += train.global_batch
         meter.update(train.global_batch)
         finished = position >= end
         if finished or crossed(position, train.log_every, train.global_batch):
+            finite.check()
             if (total := engine.sum_int(replaced)) > told:
                 tracker.note(f"{total} damaged samples were replaced so far; see {config.run_folder / REPLACED}")
                 told = total
@@ -136,6 +139,7 @@ def loop(learner: Learner, saver: Saver, catalog: Catalog, stream: Stream, track
             stall = {}
         stop = not finished and watch.stop()
         if finished or stop or crossed(position, train.checkpoint_every, train.global_batch):
+            finite.check()
             stall = {"checkpoint_stall_s": save(learner, saver, catalog, tracker.run_id, position)}
         if stop:
             saver.wait()

@@ -1,4 +1,4 @@
-"""One update: micro-batches → clip → finite check → AdamW → average of the weights."""
+"""One update: micro-batches → clip → AdamW → average of the weights. Nothing in it waits for the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from foundation.config import Config
-from foundation.errors import NumericsError
 from foundation.objectives.registry import Objective
 from foundation.training.average import Average
 from foundation.training.engine import Engine
@@ -41,7 +40,7 @@ def train_step(learner: Learner, batches: Sequence[Batch], position: int) -> dic
     """Update the model with one global batch, given as this rank's micro-batches of equal size.
 
     Returns detached scalars on the device, means over this rank's micro-batches, and the gradient norm of the global
-    batch. Raises NumericsError before the update when the gradient norm is not finite.
+    batch, which `Finite` looks at.
     """
     config, engine, objective, model, optimizer, augment, average = learner
     totals: dict[str, Tensor] = {}
@@ -56,17 +55,7 @@ def train_step(learner: Learner, batches: Sequence[Batch], position: int) -> dic
             engine.backward(model, loss / len(batches))
         for name, value in {"loss": loss.detach(), **parts}.items():
             totals[name] = totals.get(name, 0.0) + value / len(batches)
-    norm = engine.update(model, optimizer, learner.lr(position), lambda norm: _check_finite(norm, position))
+    norm = engine.update(model, optimizer, learner.lr(position))
     if average:
         average.update()
     return {**totals, "grad_norm": norm}
-
-
-def _check_finite(norm: Tensor, position: int) -> None:
-    # One synchronisation per update: the price of never applying a gradient that is not finite.
-    if not torch.isfinite(norm):
-        raise NumericsError(
-            f"the gradient norm is {norm.item()}; no checkpoint holds anything of it",
-            where=f"sample {position}",
-            do="resume with train.precision=fp32, or start a new run with optim.grad_clip=1.0 or a lower optim.lr",
-        )

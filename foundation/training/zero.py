@@ -20,7 +20,7 @@ from foundation.models.initialise import Piece, initialise
 from foundation.training.average import Average
 from foundation.training.blocks import on_meta, poison, prepare
 from foundation.training.data import micro_batch
-from foundation.training.engine import Check, Group
+from foundation.training.engine import Group
 from foundation.training.optim import MOMENTS, build_optimizer, rules
 
 
@@ -110,14 +110,12 @@ class Zero1(Group):
         """The loss is divided by the number of micro-batches already."""
         model.backward(loss, scale_wrt_gas=False)
 
-    def update(self, model: Any, optimizer: torch.optim.Optimizer, lr: float, check: Check) -> Tensor:
-        """Clip and step in one: a norm that is not finite is seen afterwards, before anything can be saved."""
+    def update(self, model: Any, optimizer: torch.optim.Optimizer, lr: float) -> Tensor:
+        """Clip and step in one; DeepSpeed waits for the norm."""
         for group in optimizer.param_groups:
             group["lr"] = lr
         model.step()
-        norm = torch.as_tensor(model.get_global_grad_norm(), dtype=torch.float32)
-        check(norm)
-        return norm.to(self.device)
+        return torch.as_tensor(model.get_global_grad_norm(), dtype=torch.float32).to(self.device)
 
     def weights(self, model: Any, optimizer: Any) -> dict[str, Tensor]:
         """This process's part of the fp32 weights, which DeepSpeed strings together group by group."""

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from kernels.rpe_attention.flex import flex, flex_refuses
 from kernels.rpe_attention.fused import HALF_DTYPES, triton_refuses
+from kernels.rpe_attention.handwritten import cuda_refuses
 from kernels.rpe_attention.layout import METHODS, Layout, Problem, bias_kind
 from kernels.rpe_attention.libraries import flash, flash_refuses, xformers, xformers_refuses
 from kernels.rpe_attention.op import FUSED, run_fused
 from kernels.rpe_attention.reference import reference
 from kernels.rpe_attention.sdpa import dense, sdpa
-from kernels.rpe_attention.window import cuda_refuses
 
 
 def _never(problem: Problem) -> str:

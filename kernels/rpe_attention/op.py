@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.rpe_attention.layout import Layout
 
-FUSED = {"triton": "kernels.rpe_attention.fused", "cuda": "kernels.rpe_attention.window"}
+FUSED = {"triton": "kernels.rpe_attention.fused", "cuda": "kernels.rpe_attention.handwritten"}
 
 
 @torch.library.custom_op("sar_foundation::rpe_attention", mutates_args=())

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import published_name
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from foundation.config import Config, from_dict
 from foundation.models.attention import Attention
@@ -20,6 +21,7 @@ from foundation.models.heads import MaskedWindowModel
 from foundation.models.initialise import Piece, initialise
 from foundation.models.vit import ViT
 from foundation.objectives.registry import build
+from foundation.training.blocks import prepare
 from kernels.rpe_attention import BACKENDS
 from kernels.rpe_attention.buckets import product_buckets
 from kernels.rpe_attention.layout import Layout, Problem
@@ -267,3 +269,28 @@ def test_the_content_of_masked_patches_and_of_the_image_outside_a_window_never_r
 def test_a_table_learnt_in_windows_serves_full_images() -> None:
     window, image = product_buckets((7, 7)), product_buckets((14, 14))
     assert set(window.unique().tolist()) == set(image.unique().tolist()) == set(range(50))
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("attention", ["dense", "sdpa", "triton"])
+def test_all_blocks_of_one_width_share_one_compiled_graph_without_breaks(
+    attention: str, checkpointing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if attention == "triton":
+        pytest.importorskip("triton")
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward: real(forward, backend="aot_eager"))  # the graph, no code
+    torch._dynamo.reset()
+    counters.clear()
+    tiny = config(attention=attention, decoder={"width": 48, "depth": 2, "heads": 3})
+    train = tiny.train.model_copy(update={"compile": True, "activation_checkpointing": checkpointing})
+    objective = build(tiny)
+    model = prepare(objective.build_model(), train)
+    initialise(model, 0)
+    for batch in (1, 1):
+        inputs = objective.prepare(rand(batch, 1, 40, 40), torch.arange(batch))
+        objective.loss(model(*inputs.model_args), inputs)[0].backward()
+    assert counters["stats"]["unique_graphs"] == 2  # encoder, decoder
+    assert not counters["graph_break"]
+    assert counters["frames"]["total"] == counters["frames"]["ok"] == 2
+    torch._dynamo.reset()

@@ -1,6 +1,10 @@
-"""The CUDA kernel of short windows behind the operator: which calls it takes."""
+"""The hand-written CUDA kernel of short windows (`cuda.py`, `csrc/`) behind the operator: which calls it takes."""
 
 from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,6 +14,9 @@ from kernels.rpe_attention.layout import Layout, Problem
 
 MAX_LENGTH = 64
 HEADS = (32, 64)
+_HOME = os.environ.get("CUDA_HOME")
+BUILT = Path(__file__).with_name("_cuda.so").exists() or bool(shutil.which("nvcc", path=_HOME and f"{_HOME}/bin"))
+"""The library is there, or a compiler that makes it on first use."""
 
 
 def cuda_refuses(problem: Problem) -> str:
@@ -17,6 +24,8 @@ def cuda_refuses(problem: Problem) -> str:
     layout = problem.layout
     if problem.device != "cuda":
         return f"it runs on cuda, not {problem.device}"
+    if not BUILT:
+        return "it is not built and there is no nvcc: set CUDA_HOME, python -m kernels.rpe_attention.building build"
     if problem.dtype != torch.bfloat16:
         return f"dtype {problem.dtype}: bfloat16 is allowed"
     if problem.bias != "contextual":
@@ -40,7 +49,7 @@ def forward(qkv: Tensor, table: Tensor, layout: Layout, qk_scale: float, rpe_sca
     """qkv bf16 [B, L, 3, H, d], table [1 or H, d, columns] → out [B, L, H, d], lse fp32 [B, H, L]."""
     from kernels.rpe_attention import cuda
 
-    return cuda.forward(qkv, table, layout.grid, layout.cls_tokens, _thresholds(layout), qk_scale, rpe_scale)
+    return cuda.forward(qkv, table.float(), layout.grid, layout.cls_tokens, _thresholds(layout), qk_scale, rpe_scale)
 
 
 def backward(
@@ -57,4 +66,4 @@ def backward(
     from kernels.rpe_attention import cuda
 
     place = layout.grid, layout.cls_tokens, _thresholds(layout)
-    return cuda.backward(grad, qkv, table, out, lse, *place, qk_scale, rpe_scale)
+    return cuda.backward(grad, qkv, table.float(), out, lse, *place, qk_scale, rpe_scale)

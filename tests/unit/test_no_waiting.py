@@ -1,0 +1,99 @@
+"""A step never waits for the device: seen on a GPU that is not there (PyTorch's fake tensors know its device only)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from foundation.config import from_dict
+from foundation.objectives.registry import build
+from foundation.training.engine import Engine
+from foundation.training.optim import build_optimizer, rules
+from kernels.gradient_ratio import BACKENDS
+from shards.augment import Augment
+from shards.placing import placed
+from shards.stream import Batch
+
+
+class Waits(TorchDispatchMode):
+    """Lists the calls for which a CPU waits until a GPU has answered, or copies without pinned memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        before, after = (
+            {leaf.device.type for leaf in tree_leaves(each) if isinstance(leaf, Tensor)} for each in (args, out)
+        )
+        moves = ("cuda" in before and "cpu" in after) or ("cpu" in before and "cuda" in after)
+        if (moves and not (kwargs or {}).get("non_blocking")) or "local_scalar" in str(func) or "nonzero" in str(func):
+            self.found.append(str(func))
+        return out
+
+
+@pytest.fixture
+def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What needs a driver: pinned memory (what is asked to be pinned counts as such) and launches of kernels."""
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setitem(BACKENDS, "triton", BACKENDS["triton"]._replace(unavailable="there is no GPU"))
+
+
+def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda")
+
+
+@pytest.mark.parametrize("call", [lambda: on_gpu(2)[0].item(), lambda: on_gpu(2).cpu(), lambda: torch.ones(2).cuda()])
+def test_this_test_sees_what_waits(call: Any) -> None:
+    with FakeTensorMode(), Waits() as waits:
+        try:
+            call()
+        except Exception as error:  # a fake tensor has no value to give
+            waits.found.append(str(error))
+    assert waits.found
+
+
+@pytest.mark.usefixtures("no_driver")
+def test_nothing_waits_from_the_batch_to_the_update() -> None:
+    config = from_dict(
+        {
+            "data": {"image_size": 128},
+            "model": {"size": "nano", "patch": 8, "attention": "triton"},
+            "objective": {"windows": 2, "radii": (3, 5)},
+            "optim": {"grad_clip": 1.0},
+        }
+    )
+    pixels = [(100, 90), (100, 90), (128, 128), (300, 200)]
+    with FakeTensorMode(allow_non_fake_inputs=True), Waits() as waits:
+        numbers = on_gpu(4, dtype=torch.int64)
+        batch = Batch([on_gpu(1, *shape, dtype=torch.uint8) for shape in pixels], on_gpu(4), on_gpu(4), *(numbers,) * 3)
+        images = Augment(128)(batch, seed=0)
+        objective = build(config)
+        with torch.device("cuda"):
+            model = objective.build_model()
+        inputs = objective.prepare(images, batch.position)
+        loss, parts = objective.loss(model(*inputs.model_args), inputs)
+        assert {t.device.type for t in (loss, *parts.values())} == {"cuda"}
+        # Backward passes need a device; what they leave does not.
+        for parameter in model.parameters():
+            parameter.grad = torch.empty_like(parameter)
+        optimizer = build_optimizer(model, rules(model, 0.05), config.optim)
+        engine = Engine(config)
+        engine.device = torch.device("cuda")
+        norm = engine.update(model, optimizer, 1e-3)
+        assert norm.device.type == "cuda"
+    assert waits.found == []
+
+
+def test_values_are_placed_where_they_are_wanted() -> None:
+    assert torch.equal(placed([1, 2], "cpu"), torch.tensor([1, 2]))
+    assert placed([(1, 2)], "cpu", torch.float64).dtype == torch.float64
+    kept = torch.ones(2)
+    assert placed(kept, "cpu") is kept
