@@ -1,4 +1,4 @@
-"""What only a GPU can show. Tests of tests/unit that name kernels run there as well, compiled instead of interpreted."""
+"""What only a GPU can show. There, the tests of tests/unit that name kernels run compiled instead of interpreted."""
 
 from __future__ import annotations
 
