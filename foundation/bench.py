@@ -1,136 +1,122 @@
-"""Timings as ratios within one run: the gradient target and the training step, each against its definition."""
+"""What all benches write down: the machine they ran on, their tables as Markdown, and everything as JSON."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Iterator
+import json
+import platform
+from collections.abc import Iterable, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from textwrap import wrap
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
-from foundation.config import Config, from_dict
-from foundation.models.initialise import initialise
-from foundation.objectives.reconstruction import MaskedReconstruction
-from foundation.objectives.registry import build
-from kernels.gradient_ratio import gradient_ratio
-from kernels.gradient_ratio.reference import half_windows
-from kernels.gradient_ratio.reference import reference as dense_target
+from foundation.bench_loader import Table
+from foundation.files import write_whole
+from foundation.planning.cluster import GPUS
+from kernels.bench import Roof
 
-RADII, OFFSET, BATCH = (5, 9, 13, 17), 0.01, 8
-Row = tuple[str, str, str, str]
+__all__ = [
+    "Table",
+    "compact",
+    "environment",
+    "environment_line",
+    "here",
+    "markdown",
+    "roof_line",
+    "sheet_peak",
+    "write",
+]
 
 
-def rows(repeats: int) -> Iterator[Row]:
-    """Rows (what, median ms per image, times faster than the first of its group, largest error against float64)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    threads = torch.get_num_threads()
+def here() -> torch.device:
+    """The GPU of this process, or its CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """The device and the versions that a figure depends on."""
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if cuda else _processor()
+    found: dict[str, Any] = {
+        "device": name,
+        "type": device.type,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+    if cuda:
+        properties = torch.cuda.get_device_properties(device)
+        found |= {"multiprocessors": properties.multi_processor_count, "memory": properties.total_memory}
+    else:
+        found |= {"threads": torch.get_num_threads(), "vectors": torch.backends.cpu.get_cpu_capability()}
+    for package in ("triton", "xformers", "flash-attn", "flash-attn-4"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _processor() -> str:
     try:
-        torch.set_num_threads(1)
-        yield from target_rows(repeats, device)
-    finally:
-        torch.set_num_threads(threads)
-    yield from step_rows(repeats, device)
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
-def speckle(device: torch.device) -> Tensor:
-    """Eight 4-look amplitude chips as uint8 [8, 1, 224, 224], with a bright square in each."""
-    generator = torch.Generator().manual_seed(0)
-    looks = torch.rand(4, BATCH, 1, 224, 224, generator=generator).log().neg()
-    images = (looks.mean(0).sqrt() * 50).clamp(0, 255)
-    images[..., 100:120, 90:130] = 240
-    return images.to(torch.uint8).to(device)
+def environment_line(found: dict[str, Any]) -> str:
+    """The same in one line."""
+    threads = ""
+    if found["type"] == "cpu":
+        count = "1 thread (processor time)" if found["threads"] == 1 else f"{found['threads']} threads"
+        threads = f", {count}, {found['vectors']}"
+    others = [f"{name} {found[name]}" for name in ("triton", "xformers", "flash-attn", "flash-attn-4") if found[name]]
+    return ", ".join([f"{found['device']}{threads}", f"torch {found['torch']}", *others])
 
 
-def published_form(images: Tensor) -> Tensor:
-    """The target as the published code computes it: sixteen convolutions with one output channel each."""
-    maps = []
-    for radius in RADII:
-        padded = F.pad(images, (radius,) * 4, mode="reflect") + OFFSET
-        masks = half_windows(radius, "include", images.device, images.dtype)
-        left, right, top, bottom = (F.conv2d(padded, mask[None]) for mask in masks)
-        maps.append(torch.sqrt(torch.log(left / right) ** 2 + torch.log(top / bottom) ** 2))
-    return torch.cat(maps, dim=1)
+def roof_line(roof: Roof) -> str:
+    """What a device reached, in one line."""
+    products = [f"{name} products {rate / 1e12:.3g} TFLOP/s" for name, rate in roof.gemm.items()]
+    return ", ".join([f"measured here: copy {roof.copy / 1e9:.3g} GB/s", *products])
 
 
-def target_rows(repeats: int, device: torch.device) -> Iterator[Row]:
-    """The gradient target, batch 8 at 224 px, one CPU thread: both dense forms and the integral image."""
-    integers = speckle(device)
-    floats = integers.float() / 255
-    exact = dense_target(floats.double(), RADII, OFFSET, "include")
-    variants: list[tuple[str, Callable[[], Tensor]]] = [
-        ("target: 16 dense convolutions, as published", lambda: published_form(floats)),
-        ("target: 4 dense convolutions of 4 channels", lambda: gradient_ratio(floats, RADII, backend="reference")),
-        ("target: integral image, float32 input", lambda: gradient_ratio(floats, RADII)),
-        ("target: integral image, uint8 input (int32 sums)", lambda: gradient_ratio(integers, RADII)),
-    ]
-    errors = [f"{(make().double() - exact).abs().max().item():.1e}" for _, make in variants]
-    yield from table([(name, make) for name, make in variants], errors, BATCH, repeats, device)
+def sheet_peak(device_name: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a known GPU by its data sheet; None for others, the slower PCIe boards included."""
+    words = device_name.lower().replace("-", " ").split()
+    if "pcie" in words and "a100" not in words:
+        return None
+    return next((gpu.bf16 for name, gpu in GPUS.items() if name in words), None)
 
 
-def step_rows(repeats: int, device: torch.device) -> Iterator[Row]:
-    """Forward, backward and target of the tiny model: reference settings, defaults, and defaults in bf16."""
-    settings = [
-        ("step: reference attention, dense target, fp32", "reference", "reference", "fp32"),
-        ("step: default settings, fp32", "auto", "auto", "fp32"),
-        ("step: default settings, bf16", "auto", "auto", "bf16"),
-    ]
-    variants = [(name, make_step(attention, target, p, device)) for name, attention, target, p in settings]
-    yield from table(variants, [""] * len(variants), BATCH, repeats, device)
+def span(counts: Sequence[int]) -> str:
+    """`3`, or `2 to 30`."""
+    low, high = min(counts, default=0), max(counts, default=0)
+    return str(low) if low == high else f"{low} to {high}"
 
 
-def make_step(attention: str, target: str, precision: str, device: torch.device) -> Callable[[], object]:
-    """One training step of `configs/sar-jepa-tiny.yaml`'s model on fixed images, without the optimiser."""
-    decoder = {"width": 192, "depth": 2, "heads": 6}
-    model_tree = {"size": "tiny", "attention": attention, "decoder": decoder}
-    config: Config = from_dict({"model": model_tree, "data": {"lanes": 1}, "train": {"precision": precision}})
-    objective = build(config)
-    objective.target = TimedTarget(objective, target)
-    model = objective.build_model().to(device)
-    initialise(model, 0)
-    images = speckle(device).float() / 255
-    positions = torch.arange(BATCH, device=device)
-
-    def step() -> None:
-        inputs = objective.prepare(images, positions)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            prediction = model(*inputs.model_args)
-        loss, _ = objective.loss(prediction, inputs)
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    return step
+def compact(table: Table) -> Table:
+    """Without the columns that hold nothing here, such as memory on a CPU."""
+    kept = [n for n in range(len(table.header)) if any(row[n] != "-" for row in table.rows)]
+    rows = [tuple(row[n] for n in kept) for row in table.rows]
+    return Table(table.title, tuple(table.header[n] for n in kept), rows)
 
 
-class TimedTarget:
-    """The configured target with a chosen backend of the operator."""
-
-    def __init__(self, objective: MaskedReconstruction, backend: str) -> None:
-        self.names, self.backend = objective.target.names, backend
-
-    def maps(self, images: Tensor) -> Tensor:
-        """fp32 [B, 1, H, W] → fp32 [B, 4, H, W]."""
-        return gradient_ratio(images, RADII, OFFSET, backend=self.backend)
+def markdown(title: str, intro: str, tables: Iterable[Table]) -> str:
+    """A page: a heading, a paragraph, and a section for each table."""
+    lines = [f"# {title}", "", *wrap(intro, 120, break_long_words=False, break_on_hyphens=False)]
+    for table in tables:
+        lines += ["", f"## {table.title}", "", _cells(table.header), _cells(["---"] * len(table.header))]
+        lines += [_cells(row) for row in table.rows]
+    return "\n".join(lines) + "\n"
 
 
-def table(
-    variants: list[tuple[str, Callable[[], object]]],
-    errors: list[str],
-    images: int,
-    repeats: int,
-    device: torch.device,
-) -> Iterator[Row]:
-    """Time all variants in turn, so that a slow moment of the machine hits each of them; medians and ratios."""
-    seconds: list[list[float]] = [[] for _ in variants]
-    for round_number in range(repeats + 1):
-        for slot, (_, run) in enumerate(variants):
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if round_number:  # the first round warms up
-                seconds[slot].append(time.perf_counter() - start)
-    medians = [statistics.median(s) for s in seconds]
-    for (name, _), median, error in zip(variants, medians, errors, strict=True):
-        yield name, f"{median / images * 1e3:.3g}", f"{medians[0] / median:.1f}", error
+def _cells(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |"
+
+
+def write(out: Path, name: str, data: dict[str, Any], page: str) -> list[Path]:
+    """`name`.json and `name`.md in the folder `out`. Raises StorageError."""
+    text = json.dumps(data, indent=1, default=str)
+    return [write_whole(out / f"{name}.json", text + "\n"), write_whole(out / f"{name}.md", page)]
