@@ -38,9 +38,9 @@ def needs(
     from triton.compiler import ASTSource
 
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    # Pointers and strides are multiples of 16 bytes here as in training, so that loads are wide.
-    aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in types}
-    aligned = {at: how for at, how in aligned.items() if types[kernel.arg_names[at[0]]] not in ("fp32", "i1")}
+    # Tensors begin at multiples of 16 bytes, as PyTorch allocates them.
+    pointers = [i for i, name in enumerate(kernel.arg_names) if types.get(name, "").startswith("*")]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=aligned)
     target = GPUTarget("cuda", ARCHITECTURES[architecture], 32)
     compiled = triton.compile(source, target=target, options=options)

@@ -16,4 +16,4 @@ def placed(values: Any, device: torch.device | str, dtype: torch.dtype | None = 
     made = values if isinstance(values, Tensor) and dtype is None else torch.as_tensor(values, dtype=dtype)
     if torch.device(device).type != "cuda" or made.is_cuda:
         return made.to(device)
-    return made.pin_memory().to(device, non_blocking=True)
+    return (made if made.is_pinned() else made.pin_memory()).to(device, non_blocking=True)

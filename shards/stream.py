@@ -64,7 +64,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; the pixels travel as one buffer."""
-        flat, layout = _pack([p.cpu().numpy() for p in self.pixels])
+        flat, layout = _pack([p.cpu().numpy() for p in self.pixels], torch.device(device).type == "cuda")
         tensors = ("scale", "decibels", "label", "position", "sample_id")
         rest: dict[str, Any] = {name: placed(getattr(self, name), device) for name in tensors}
         return replace(self, pixels=_unpack(placed(flat, device), layout), **rest)
@@ -133,14 +133,15 @@ def in_order(function: Callable[[T], R], tasks: Iterator[T], workers: int) -> It
 _Layout = list[tuple[int, torch.dtype, tuple[int, ...]]]
 
 
-def _pack(pixels: list[np.ndarray]) -> tuple[Tensor, _Layout]:
+def _pack(pixels: list[np.ndarray], pinned: bool = False) -> tuple[Tensor, _Layout]:
     """Arrays of any shape and dtype → one uint8 buffer and where each lies in it, 16-byte aligned."""
     ends = list(accumulate((-(-p.nbytes // 16) * 16 for p in pixels), initial=0))
-    flat = np.empty(ends[-1], np.uint8)
+    buffer = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=pinned)
+    flat = buffer.numpy()
     for begin, p in zip(ends, pixels, strict=False):
         flat[begin : begin + p.nbytes] = p.reshape(-1).view(np.uint8)
     layout = [(begin, getattr(torch, p.dtype.name), p.shape) for begin, p in zip(ends, pixels, strict=False)]
-    return torch.from_numpy(flat), layout
+    return buffer, layout
 
 
 def _unpack(flat: Tensor, layout: _Layout) -> list[Tensor]:

@@ -15,11 +15,11 @@ from torch import Tensor
 from kernels.rpe_attention.flex import flex, flex_refuses
 from kernels.rpe_attention.fused import HALF_DTYPES, triton_refuses
 from kernels.rpe_attention.handwritten import cuda_refuses
-from kernels.rpe_attention.layout import METHODS, Layout, Problem, bias_kind
+from kernels.rpe_attention.layout import METHODS, Layout, Problem, bias_kind, shared_memory
 from kernels.rpe_attention.libraries import flash, flash_refuses, xformers, xformers_refuses
 from kernels.rpe_attention.op import FUSED, run_fused
 from kernels.rpe_attention.reference import reference
-from kernels.rpe_attention.sdpa import dense, sdpa
+from kernels.rpe_attention.sdpa import dense, sdpa, sdpa_refuses
 
 
 def _never(problem: Problem) -> str:
@@ -44,13 +44,13 @@ class Backend(NamedTuple):
 
 def trials(device: str, heads: int = 12, head_dim: int = 64, grid: tuple[int, int] = (7, 7)) -> list[Problem]:
     """Calls of training in windows on a type of device, in bf16 and fp32, with a table and without."""
-    first = Problem(device, torch.bfloat16, heads, head_dim, Layout(grid), trains=True)
+    first = Problem(device, torch.bfloat16, heads, head_dim, Layout(grid), trains=True, shared=shared_memory(device))
     return [first._replace(bias=bias, dtype=d) for bias in ("contextual", "none") for d in (first.dtype, torch.float32)]
 
 
 BACKENDS = {
     "reference": Backend(reference, "the definition, every map materialised, any dtype"),
-    "sdpa": Backend(sdpa, "PyTorch scaled_dot_product_attention with a dense bias made of matrix products"),
+    "sdpa": Backend(sdpa, "PyTorch scaled_dot_product_attention, dense bias made of matrix products", sdpa_refuses),
     "dense": Backend(dense, "batched matrix products throughout; the fastest on a CPU"),
     "xformers": Backend(
         xformers, "memory_efficient_attention with the same dense bias, or without one", xformers_refuses
@@ -62,6 +62,10 @@ BACKENDS = {
 }
 
 
+_SHORT = 256
+"""Tokens up to which `dense` is the faster one on a CPU."""
+
+
 def choose(backend: str, problem: Problem) -> str:
     """The backend that `auto` stands for in a call; any other name is itself.
 
@@ -69,8 +73,8 @@ def choose(backend: str, problem: Problem) -> str:
     """
     if backend != "auto":
         return backend
-    if problem.device == "cpu":
-        return "dense"
+    if problem.device == "cpu":  # the table at every pair costs more than a gather of them where there are many
+        return "dense" if problem.layout.length <= _SHORT else "reference"
     first = "flash" if problem.bias == "none" else "triton"
     return first if problem.dtype in HALF_DTYPES and not BACKENDS[first].refuses(problem) else "sdpa"
 
@@ -89,7 +93,7 @@ def rpe_attention_packed(
     """`rpe_attention` of a packed projection: qkv [B, L, 3, H, d] → [B, L, H, d], without copies in fused backends."""
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be [B, L, 3, H, d], not {tuple(qkv.shape)}")
-    layout, heads, dim = Layout((grid[0], grid[1]), cls_tokens, method, ratio), qkv.shape[3], qkv.shape[4]
+    layout, (heads, dim) = Layout(_constant(grid), cls_tokens, method, ratio), qkv.shape[3:]
     name = _check(qkv, heads, dim, qkv.shape[1], table, layout, backend)
     scale = dim**-0.5 if qk_scale is None else qk_scale
     if name in FUSED and table is not None:
@@ -129,15 +133,20 @@ def rpe_attention(
         raise ValueError(f"q, k, v must have one shape [B, H, L, d], not {shapes}")
     if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device):
         raise ValueError("q, k, v must have one dtype and one device")
-    layout, (heads, length, dim) = Layout((grid[0], grid[1]), cls_tokens, method, ratio), q.shape[1:]
+    layout, (heads, length, dim) = Layout(_constant(grid), cls_tokens, method, ratio), q.shape[1:]
     name = _check(q, heads, dim, length, table, layout, backend)
     scale = dim**-0.5 if qk_scale is None else qk_scale
     if name in FUSED and table is not None:
-        packed = torch.stack((q, k, v)).permute(1, 3, 0, 2, 4)
+        packed = torch.stack((q, k, v), 2).permute(0, 3, 2, 1, 4)
         return run_fused(packed, table, layout, scale, rpe_scale, name).transpose(1, 2)
     run = BACKENDS[name].run
     assert run is not None
     return run(q, k, v, table, layout, scale, rpe_scale)
+
+
+def _constant(grid: tuple[int, int]) -> tuple[int, int]:
+    """The grid with numbers that a compiler keeps as constants; its int() may be anything, a length is not."""
+    return len(range(grid[0])), len(range(grid[1]))
 
 
 def _check(q: Tensor, heads: int, dim: int, length: int, table: Tensor | None, layout: Layout, backend: str) -> str:
@@ -161,7 +170,8 @@ def _check(q: Tensor, heads: int, dim: int, length: int, table: Tensor | None, l
             raise ValueError(f"table is on {table.device}, q, k, v on {q.device}: one device is allowed")
     trains = torch.is_grad_enabled() and (q.requires_grad or (table is not None and table.requires_grad))
     per_head = table is not None and table.shape[0] > 1
-    problem = Problem(q.device.type, q.dtype, heads, dim, layout, bias_kind(table), per_head, trains)
+    shared = shared_memory(q.device.type)
+    problem = Problem(q.device.type, q.dtype, heads, dim, layout, bias_kind(table), per_head, trains, shared)
     name = choose(backend, problem)
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}: choose auto, {', '.join(BACKENDS)}")

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 P = ParamSpec("P")
+_KEPT = 64
+"""Tensors that each function keeps: grids times devices and dtypes."""
 
 
 def piecewise_index(offset: int, ratio: float = 1.9) -> int:
@@ -80,8 +82,11 @@ def constant(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
         key = (*args, *sorted(kwargs.items()))
         if (found := kept.get(key)) is not None:
             return found
-        made = function(*args, **kwargs)
+        with torch.inference_mode(False):  # a training may come after an evaluation
+            made = function(*args, **kwargs)
         if type(made) is Tensor:  # not what a tracer makes in its place
+            if len(kept) >= _KEPT:
+                kept.pop(next(iter(kept)), None)
             kept[key] = made
         return made
 

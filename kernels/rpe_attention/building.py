@@ -56,6 +56,14 @@ def _find_cxx() -> str:
     return found
 
 
+def sources() -> str:
+    """A name of the present source, which a library made of it carries."""
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def _command(device_type: str, architectures: tuple[str, ...], out: Path) -> list[str]:
     if device_type == "cpu":
         flags: tuple[str, ...] = (
@@ -67,12 +75,16 @@ def _command(device_type: str, architectures: tuple[str, ...], out: Path) -> lis
             "-fPIC",
             "-Wno-unknown-pragmas",
         )
-        return [_find_cxx(), *flags, str(SOURCES / "emulate.cpp"), "-o", str(out)]
+        return [_find_cxx(), *flags, _named(), str(SOURCES / "emulate.cpp"), "-o", str(out)]
     code = [f"-gencode=arch={a.replace('sm', 'compute')},code={a}" for a in architectures]
     if portable := [a.replace("sm", "compute") for a in architectures if a[-1].isdigit()]:
         code.append(f"-gencode=arch={portable[0]},code={portable[0]}")
     flags = ("-O3", "-std=c++20", "-shared", "-Xcompiler=-fPIC", "-Xptxas=-v")
-    return [find_nvcc(), *flags, *code, str(SOURCES / "window.cu"), "-o", str(out)]
+    return [find_nvcc(), *flags, _named(), *code, str(SOURCES / "window.cu"), "-o", str(out)]
+
+
+def _named() -> str:
+    return f'-DRPE_SOURCES="{sources()}"'
 
 
 def _compile(device_type: str, architectures: tuple[str, ...], out: Path) -> None:
@@ -104,9 +116,7 @@ def _fingerprint(device_type: str, architectures: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for part in (version, *command[1:]):
         digest.update(part.replace(str(SOURCES), "").encode() + b"\0")
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:16]  # the name of the source is part of the command
 
 
 def build(device_type: str = "cuda", architectures: tuple[str, ...] = ARCHITECTURES, out: Path | None = None) -> Path:

@@ -44,6 +44,7 @@ def _declare(library: ctypes.CDLL) -> ctypes.CDLL:
         "rpe_window_forward": (ctypes.c_int, [problem, *[pointer] * 5]),
         "rpe_window_backward": (ctypes.c_int, [problem, *[pointer] * 8]),
         "rpe_window_error": (ctypes.c_char_p, [ctypes.c_int]),
+        "rpe_window_sources": (ctypes.c_char_p, []),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
@@ -57,11 +58,16 @@ def library(device_type: str) -> ctypes.CDLL:
     prebuilt = device_type == "cuda" and building.PREBUILT.exists()
     path = building.PREBUILT if prebuilt else building.build(device_type)
     try:
-        return _declare(ctypes.CDLL(str(path)))
+        kernels = _declare(ctypes.CDLL(str(path)))
     except (OSError, AttributeError) as error:
         raise RuntimeError(
             f"cannot load the attention kernels in {path}: {error}; delete the file to build it again"
         ) from error
+    if kernels.rpe_window_sources().decode() != building.sources():
+        raise RuntimeError(
+            f"the attention kernels in {path} were built of another source; delete the file or build again"
+        )
+    return kernels
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -19,6 +20,10 @@ MAX_HEAD = 128
 MAX_CLASS = 64
 MAX_HALF = 7
 """Buckets per direction of an axis; T has 16 x 16 columns then."""
+_ROOM = (88, 132, 160, 248)
+"""KiB: heads up to 64 and up to 128; the same with more than 7 x 7 buckets."""
+_MAX_Z = 65535
+"""Programs along the third axis of a launch."""
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -34,6 +39,22 @@ def options(kernel: Any, dim: int, dtype: torch.dtype, major: int = 9) -> dict[s
     return {"num_warps": warps, "num_stages": 1 if window or major >= 10 else 2}
 
 
+def resident(kernel: Any, dim: int, major: int = 9) -> int:
+    """Programs that a multiprocessor holds at once, by registers and shared memory; of images enough to even out."""
+    if not kernel.__module__.endswith("windows"):
+        return 8
+    if dim > 64:
+        return 1
+    forward = kernel.__name__ == "forward_kernel"
+    return {8: (2, 1), 9: (4, 2)}.get(major, (3, 3))[0 if forward else 1]
+
+
+def room(head_dim: int, layout: Layout) -> int:
+    """Bytes of shared memory of the hungriest kernel on any architecture, in half precision (by `kernels/ahead.py`)."""
+    wide, large = head_dim > 64, int(2 * layout.ratio) > 3
+    return 1024 * ((_ROOM[2] if large else _ROOM[0]) if not wide else (_ROOM[3] if large else _ROOM[1]))
+
+
 def triton_refuses(problem: Problem) -> str:
     """Why the Triton kernels do not take a call; '' when they do."""
     layout = problem.layout
@@ -47,14 +68,16 @@ def triton_refuses(problem: Problem) -> str:
         return "there is no table: choose flash or sdpa"
     if problem.dtype not in (*HALF_DTYPES, torch.float32):
         return f"dtype {problem.dtype}: float16, bfloat16 and float32 are allowed"
-    if problem.device == "cuda" and problem.dtype == torch.float32 and problem.head_dim > 64:
-        return f"head size {problem.head_dim} in float32: at most 64 is allowed, or 128 in bfloat16"
+    if problem.device == "cuda" and problem.dtype == torch.float32:
+        return "dtype torch.float32 spills on a GPU: float16 and bfloat16 are allowed, or choose sdpa"
     if layout.cls_tokens > MAX_CLASS:
         return f"{layout.cls_tokens} class tokens: at most {MAX_CLASS} are allowed"
     if problem.head_dim > MAX_HEAD:
         return f"head size {problem.head_dim}: at most {MAX_HEAD} is allowed"
     if layout.method != "product" or int(2 * layout.ratio) > MAX_HALF:
         return f"method {layout.method} with ratio {layout.ratio}: product with a ratio below 4 is allowed"
+    if 0 < problem.shared < (needed := room(problem.head_dim, layout)):
+        return f"it needs {needed} bytes of shared memory in a block, this GPU has {problem.shared}"
     return ""
 
 
@@ -90,16 +113,23 @@ def blocks(layout: Layout) -> Blocks:
     return Blocks(half, steps, side, row, lines * row + apart, last, 0 if apart else 64 - free)
 
 
-def constants(kernel: Any, layout: Layout, heads: int, dim: int, plain: bool, upcast: bool = False) -> dict[str, Any]:
-    """What a kernel is compiled for."""
+def constants(kernel: Any, qkv: Tensor, table: Tensor, layout: Layout, upcast: bool = False) -> dict[str, Any]:
+    """What a kernel is compiled for. Strides are among it, so that rows load 16 bytes at a time where they can."""
+    heads, dim = qkv.shape[3:]
+    stride_b, stride_l, stride_3, stride_h, _ = qkv.stride()
     everything = {
+        "stride_b": stride_b,
+        "stride_l": stride_l,
+        "stride_3": stride_3,
+        "stride_h": stride_h,
+        "table_h": table.stride(0) if table.shape[0] > 1 else 0,
         "H": heads,
         "L": layout.length,
         "D": dim,
         "GH": layout.grid[0],
         "GW": layout.grid[1],
         "CLS": layout.cls_tokens,
-        "PLAIN": plain,
+        "PLAIN": table.ndim == 2,
         "DP": max(16, _power(dim)),
         "UPCAST": upcast,
         **blocks(layout)._asdict(),
@@ -111,33 +141,24 @@ def _arguments(
     kernel: Any, qkv: Tensor, table: Tensor, layout: Layout, qk_scale: float, rpe_scale: float
 ) -> dict[str, Any]:
     """What a kernel takes besides its tensors."""
-    heads, dim = qkv.shape[3:]
-    stride_b, stride_l, stride_3, stride_h, _ = qkv.stride()
-    return {
-        "stride_b": stride_b,
-        "stride_l": stride_l,
-        "stride_3": stride_3,
-        "stride_h": stride_h,
-        "table_h": table.stride(0) if table.shape[0] > 1 else 0,
-        "batch": qkv.shape[0],
-        "qk_scale": qk_scale,
-        "rpe_scale": rpe_scale,
-        **constants(kernel, layout, heads, dim, table.ndim == 2, INTERPRETED and qkv.dtype == torch.bfloat16),
-    }
+    values = constants(kernel, qkv, table, layout, INTERPRETED and qkv.dtype == torch.bfloat16)
+    return {"batch": qkv.shape[0], "qk_scale": qk_scale, "rpe_scale": rpe_scale, **values}
 
 
-def _sharers(qkv: Tensor, others: int) -> int:
-    """Programs among which the windows of a batch are shared: a few for each multiprocessor, whatever the batch."""
-    if qkv.is_cuda:
-        wanted = 4 * torch.cuda.get_device_properties(qkv.device).multi_processor_count
-    else:
-        wanted = 8
-    return max(1, min(qkv.shape[0], -(-wanted // others)))
+def _major(qkv: Tensor) -> int:
+    return torch.cuda.get_device_capability(qkv.device)[0] if qkv.is_cuda else 9
+
+
+def _sharers(kernel: Any, qkv: Tensor, others: int) -> int:
+    """Programs that share the windows of a batch: no more than run at once, so that none waits for a turn."""
+    if not qkv.is_cuda:
+        return max(1, min(qkv.shape[0], 8 // others))
+    count = torch.cuda.get_device_properties(qkv.device).multi_processor_count
+    return max(1, min(qkv.shape[0], count * resident(kernel, qkv.shape[-1], _major(qkv)) // others))
 
 
 def _options(kernel: Any, qkv: Tensor) -> dict[str, int]:
-    major = torch.cuda.get_device_capability(qkv.device)[0] if qkv.is_cuda else 9
-    return options(kernel, qkv.shape[-1], qkv.dtype, major)
+    return options(kernel, qkv.shape[-1], qkv.dtype, _major(qkv))
 
 
 def _last_dense(tensor: Tensor) -> Tensor:
@@ -156,7 +177,7 @@ def forward(qkv: Tensor, table: Tensor, layout: Layout, qk_scale: float, rpe_sca
     kernel = (windows if window else tiles).forward_kernel
     a = _arguments(kernel, qkv, table, layout, qk_scale, rpe_scale)
     parts = blocks(layout).BLOCKS
-    grid = parts, heads, _sharers(qkv, parts * heads)
+    grid = parts, heads, _sharers(kernel, qkv, parts * heads)
     with _on(qkv):
         kernel[grid](qkv, table, out, lse, **a, **_options(kernel, qkv))
     return out, lse
@@ -190,7 +211,7 @@ def _window_backward(
 
     heads = qkv.shape[3]
     a = _arguments(backward_kernel, qkv, table, layout, qk_scale, rpe_scale)
-    shared = _sharers(qkv, heads)
+    shared = _sharers(backward_kernel, qkv, heads)
     partials = torch.empty(shared, 1, heads, a["DP"], a["S"], a["S"], dtype=torch.float32, device=qkv.device)
     backward_kernel[(1, heads, shared)](grad, qkv, table, d_qkv, partials, **a, **_options(backward_kernel, qkv))
     return partials
@@ -211,13 +232,13 @@ def _tile_backward(
 
     batch, heads = qkv.shape[0], qkv.shape[3]
     a = _arguments(query_backward_kernel, qkv, table, layout, qk_scale, rpe_scale)
-    shared = _sharers(qkv, a["BLOCKS"] * heads)
+    shared = _sharers(query_backward_kernel, qkv, a["BLOCKS"] * heads)
     partials = torch.zeros(shared, a["BLOCKS"], heads, a["DP"], a["S"], a["S"], dtype=torch.float32, device=qkv.device)
     delta = torch.empty_like(lse)
     query_backward_kernel[(a["BLOCKS"], heads, shared)](
         grad, qkv, table, out, lse, delta, d_qkv, partials, **a, **_options(query_backward_kernel, qkv)
     )
-    key_backward_kernel[(a["BLOCKS"], heads, batch)](
+    key_backward_kernel[(a["BLOCKS"], heads, min(batch, _MAX_Z))](
         grad, qkv, table, lse, delta, d_qkv, **a, **_options(key_backward_kernel, qkv)
     )
     return partials
@@ -231,8 +252,8 @@ def _table_gradient(sums: Tensor, table: Tensor, half: int, cls_tokens: int) -> 
         columns = torch.cat((columns, sums[:, :, side, :side].sum(2, keepdim=True)), 2)
     if table.shape[0] == 1:
         columns = columns.sum(0, keepdim=True)
-    return columns[:, 0] if table.ndim == 2 else columns[:, : table.shape[1]].contiguous()
+    return (columns[:, 0] if table.ndim == 2 else columns[:, : table.shape[1]]).contiguous()
 
 
 def _on(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.no_grad()
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

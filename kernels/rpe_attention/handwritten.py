@@ -14,7 +14,7 @@ from kernels.rpe_attention.layout import Layout, Problem
 
 MAX_LENGTH = 64
 HEADS = (32, 64)
-_HOME = os.environ.get("CUDA_HOME")
+_HOME = os.environ.get("CUDA_HOME") or None
 BUILT = Path(__file__).with_name("_cuda.so").exists() or bool(shutil.which("nvcc", path=_HOME and f"{_HOME}/bin"))
 """The library is there, or a compiler that makes it on first use."""
 
@@ -49,6 +49,9 @@ def forward(qkv: Tensor, table: Tensor, layout: Layout, qk_scale: float, rpe_sca
     """qkv bf16 [B, L, 3, H, d], table [1 or H, d, columns] → out [B, L, H, d], lse fp32 [B, H, L]."""
     from kernels.rpe_attention import cuda
 
+    batch, length, _, heads, dim = qkv.shape
+    if not batch:
+        return qkv.new_empty(0, length, heads, dim), qkv.new_empty(0, heads, length, dtype=torch.float32)
     return cuda.forward(qkv, table.float(), layout.grid, layout.cls_tokens, _thresholds(layout), qk_scale, rpe_scale)
 
 
@@ -65,5 +68,7 @@ def backward(
     """Gradients of qkv, contiguous in its dtype, and of the table, fp32 in its shape; the same bits in every run."""
     from kernels.rpe_attention import cuda
 
+    if not len(qkv):
+        return qkv.new_empty(qkv.shape), torch.zeros_like(table, dtype=torch.float32)
     place = layout.grid, layout.cls_tokens, _thresholds(layout)
     return cuda.backward(grad, qkv, table.float(), out, lse, *place, qk_scale, rpe_scale)

@@ -49,6 +49,16 @@ class Problem(NamedTuple):
     per_head: bool = False
     trains: bool = False
     """a gradient is asked for"""
+    shared: int = 0
+    """bytes of shared memory that a block of the GPU can have; 0: not known"""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def shared_memory(device: str) -> int:
+    """Bytes of shared memory that a block of the present GPU can have, 0 without one."""
+    if device != "cuda" or not torch.cuda.is_available():
+        return 0
+    return int(getattr(torch.cuda.get_device_properties(), "shared_memory_per_block_optin", 0))
 
 
 def bias_kind(table: Tensor | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,16 +16,27 @@ _MAP_LIMIT = 4097
 """Longest sequence of which xformers gets a whole map: 34 MB per head and window in bf16."""
 
 
-def _pair_is_broken() -> bool:
-    """FlashAttention 4 alone has a package `flash_attn` without what xformers expects in it, and cannot be imported."""
-    return find_spec("flash_attn") is not None and find_spec("flash_attn.flash_attn_interface") is None
+def _flash_version() -> int:
+    """0, 2 or 4: the fourth alone brings a package `flash_attn` without the second's interface. Imports neither."""
+    found = find_spec("flash_attn")
+    if found is None or not found.submodule_search_locations:  # what is left of an uninstalled one may be a bare folder
+        return 0
+    folders = [Path(folder) for folder in found.submodule_search_locations]
+    if any((folder / "flash_attn_interface.py").exists() for folder in folders):
+        return 2
+    return 4 if any((folder / "cute").is_dir() for folder in folders) else 0
+
+
+XFORMERS = find_spec("xformers") is not None
+FLASH = _flash_version()
+"""What is installed; looked up once, since compilers trace the refusals."""
 
 
 def xformers_refuses(problem: Problem) -> str:
     """Why xformers does not take a call; '' when it does."""
-    if find_spec("xformers") is None:
+    if not XFORMERS:
         return "xformers is not installed: pip install 'sar-foundation[xformers]'"
-    if _pair_is_broken():
+    if FLASH == 4:
         return "FlashAttention 4 stands beside xformers, which cannot be imported then; keep one of the two"
     if problem.device != "cuda":
         return f"it runs on cuda, not {problem.device}"
@@ -52,7 +64,7 @@ def flash_refuses(problem: Problem) -> str:
     """Why FlashAttention does not take a call; '' when it does."""
     if problem.bias != "none":
         return "FlashAttention has no bias; it serves models without relative positions"
-    if find_spec("flash_attn") is None:
+    if not FLASH:
         return "flash-attn is not installed: pip install --no-build-isolation flash-attn, or flash-attn-4"
     if problem.device != "cuda":
         return f"it runs on cuda, not {problem.device}"
@@ -66,7 +78,7 @@ def flash(
 ) -> Tensor:
     """Attention output [B, H, L, d] of FlashAttention 2, or of 4 where only that is installed."""
     swapped = [t.transpose(1, 2) for t in (q, k, v)]
-    if find_spec("flash_attn.flash_attn_interface") is not None:
+    if FLASH == 2:
         from flash_attn import flash_attn_func
 
         return flash_attn_func(*swapped, softmax_scale=qk_scale).transpose(1, 2)

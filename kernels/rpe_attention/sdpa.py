@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from kernels.rpe_attention.buckets import bucket_ids, constant
-from kernels.rpe_attention.layout import Layout, bias_kind
+from kernels.rpe_attention.layout import Layout, Problem, bias_kind
 
 # Above this many (query, key) pairs the one-hot matrix costs more than an index.
 _ONE_HOT_PAIRS = 64 * 1024
@@ -67,6 +67,14 @@ def dense_bias(q: Tensor, table: Tensor, layout: Layout, rpe_scale: float, align
     else:
         bias = torch.einsum("bhid,hdij->bhij", q, spread)
     return bias if row == length else bias[..., :length]
+
+
+def sdpa_refuses(problem: Problem) -> str:
+    """Why the kernel pinned on CUDA does not take a call; '' when it does."""
+    step = 4 if problem.dtype == torch.float32 else 8
+    if problem.device == "cuda" and problem.dtype != torch.float64 and problem.head_dim % step:
+        return f"head size {problem.head_dim}: multiples of {step} are allowed in {problem.dtype}"
+    return ""
 
 
 def sdpa(

@@ -88,20 +88,20 @@ def _add_sums(
     return dt
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def forward_kernel(
     qkv,
     table,
     out,
     lse,
-    stride_b,
-    stride_l,
-    stride_3,
-    stride_h,
-    table_h,
     batch,
     qk_scale,
     rpe_scale,
+    stride_b: tl.constexpr,
+    stride_l: tl.constexpr,
+    stride_3: tl.constexpr,
+    stride_h: tl.constexpr,
+    table_h: tl.constexpr,
     H: tl.constexpr,
     L: tl.constexpr,
     D: tl.constexpr,
@@ -152,7 +152,7 @@ def forward_kernel(
         tl.store(lse + (wide * H + head) * L + token, (top + tl.log2(total)) / LOG2E, mask=asked)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def query_backward_kernel(
     grad,
     qkv,
@@ -162,14 +162,14 @@ def query_backward_kernel(
     delta,
     d_qkv,
     partials,
-    stride_b,
-    stride_l,
-    stride_3,
-    stride_h,
-    table_h,
     batch,
     qk_scale,
     rpe_scale,
+    stride_b: tl.constexpr,
+    stride_l: tl.constexpr,
+    stride_3: tl.constexpr,
+    stride_h: tl.constexpr,
+    table_h: tl.constexpr,
     H: tl.constexpr,
     L: tl.constexpr,
     D: tl.constexpr,
@@ -232,9 +232,10 @@ def query_backward_kernel(
         to = d_qkv + (wide * (3 * L * H) + head) * D + token[:, None] * (3 * H * D) + d[None]
         tl.store(to, low(dq, dtype, UPCAST), mask=asked[:, None] & (d[None] < D))
         tl.store(mine, tl.load(mine) + d_table * rpe_scale)
+        tl.debug_barrier()  # other threads may load what these have stored
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def key_backward_kernel(
     grad,
     qkv,
@@ -242,14 +243,14 @@ def key_backward_kernel(
     lse,
     delta,
     d_qkv,
-    stride_b,
-    stride_l,
-    stride_3,
-    stride_h,
-    table_h,
     batch,
     qk_scale,
     rpe_scale,
+    stride_b: tl.constexpr,
+    stride_l: tl.constexpr,
+    stride_3: tl.constexpr,
+    stride_h: tl.constexpr,
+    table_h: tl.constexpr,
     H: tl.constexpr,
     L: tl.constexpr,
     D: tl.constexpr,

@@ -11,20 +11,20 @@ import triton.language as tl
 from kernels.rpe_attention.blocks import LOG2E, gathered, load, look_up, low, selectors, slots, spread, table_places
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def forward_kernel(
     qkv,
     table,
     out,
     lse,
-    stride_b,
-    stride_l,
-    stride_3,
-    stride_h,
-    table_h,
     batch,
     qk_scale,
     rpe_scale,
+    stride_b: tl.constexpr,
+    stride_l: tl.constexpr,
+    stride_3: tl.constexpr,
+    stride_h: tl.constexpr,
+    table_h: tl.constexpr,
     H: tl.constexpr,
     L: tl.constexpr,
     D: tl.constexpr,
@@ -68,21 +68,21 @@ def forward_kernel(
         tl.store(lse + (wide * H + head) * L + token, (top + tl.log2(total)) / LOG2E, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def backward_kernel(
     grad,
     qkv,
     table,
     d_qkv,
     partials,
-    stride_b,
-    stride_l,
-    stride_3,
-    stride_h,
-    table_h,
     batch,
     qk_scale,
     rpe_scale,
+    stride_b: tl.constexpr,
+    stride_l: tl.constexpr,
+    stride_3: tl.constexpr,
+    stride_h: tl.constexpr,
+    table_h: tl.constexpr,
     H: tl.constexpr,
     L: tl.constexpr,
     D: tl.constexpr,

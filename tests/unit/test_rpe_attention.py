@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from kernels.rpe_attention import BACKENDS, rpe_attention, rpe_attention_packed
+from kernels.rpe_attention import BACKENDS, choose, libraries, rpe_attention, rpe_attention_packed
 from kernels.rpe_attention.buckets import bucket_ids, num_buckets, piecewise_index, product_buckets
 from kernels.rpe_attention.layout import METHODS, Layout, Problem
 from kernels.rpe_attention.reference import attention_probabilities
@@ -345,6 +345,47 @@ def test_flex_says_what_it_cannot_do_on_a_cpu() -> None:
         rpe_attention(*case(dim=12), backend="flex")
 
 
+@pytest.mark.parametrize("backend", EXACT)
+def test_a_training_may_follow_an_evaluation_of_the_same_grid(backend: str) -> None:
+    c = case((2, 11))
+    with torch.inference_mode():
+        rpe_attention(*c, backend=backend)
+    rpe_attention(c.q.requires_grad_(), *c[1:4], c.grid, backend=backend).sum().backward()
+    assert c.q.grad is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["dense", "sdpa", "reference"])
+def test_one_compiled_function_serves_several_grids(backend: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(rpe_attention, fullgraph=True, backend="aot_eager")
+    for grid in ((3, 4), (4, 4), (5, 2)):
+        c = case(grid)
+        assert torch.allclose(compiled(*c, backend=backend), rpe_attention(*c, backend=backend), atol=1e-12)
+
+
+def test_a_cpu_gathers_where_there_are_many_pairs() -> None:
+    short = Problem("cpu", torch.float32, 12, 64, Layout((7, 7)))
+    assert (choose("auto", short), choose("auto", short._replace(layout=Layout((24, 24))))) == ("dense", "reference")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "reason"),
+    [
+        (torch.bfloat16, 64, ""),
+        (torch.bfloat16, 20, "head size 20: multiples of 8 are allowed in torch.bfloat16"),
+        (torch.float32, 20, ""),
+        (torch.float32, 6, "head size 6: multiples of 4 are allowed in torch.float32"),
+        (torch.float64, 3, ""),
+    ],
+)
+def test_the_kernel_that_is_pinned_on_a_gpu_says_which_heads_it_takes(
+    dtype: torch.dtype, dim: int, reason: str
+) -> None:
+    assert BACKENDS["sdpa"].refuses(Problem("cuda", dtype, 2, dim, Layout((7, 7)))) == reason
+    assert BACKENDS["sdpa"].refuses(Problem("cpu", dtype, 2, dim, Layout((7, 7)))) == ""
+
+
 def test_what_a_tracer_makes_is_not_kept_for_those_who_compute() -> None:
     grid = (3, 5)
     with FakeTensorMode():
@@ -352,3 +393,45 @@ def test_what_a_tracer_makes_is_not_kept_for_those_who_compute() -> None:
     kept = bucket_ids(grid, 2)
     assert type(kept) is torch.Tensor
     assert bucket_ids(grid, 2) is kept
+
+
+@pytest.mark.parametrize(
+    ("files", "version"),
+    [
+        ((), 0),
+        (("flash_attn/left_behind.txt",), 0),
+        (("flash_attn/__init__.py", "flash_attn/flash_attn_interface.py"), 2),
+        (("flash_attn/cute/__init__.py",), 4),
+        (("flash_attn/__init__.py", "flash_attn/flash_attn_interface.py", "flash_attn/cute/__init__.py"), 2),
+    ],
+)
+def test_which_flash_attention_is_installed_is_seen_without_importing_it(
+    files: tuple[str, ...], version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("raise SystemExit('imported')" if file.endswith(".py") else "")
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    importlib.invalidate_caches()
+    assert libraries._flash_version() == version
+
+
+@pytest.mark.parametrize(
+    ("installed", "changes", "reason"),
+    [
+        ({"XFORMERS": False}, {}, "xformers is not installed: pip install 'sar-foundation[xformers]'"),
+        ({"FLASH": 4}, {}, "FlashAttention 4 stands beside xformers, which cannot be imported then; keep one"),
+        ({}, {"device": "cpu"}, "it runs on cuda, not cpu"),
+        ({}, {"dtype": torch.float64}, "dtype torch.float64: float16, bfloat16 and float32 are allowed"),
+        ({}, {"layout": Layout((64, 65))}, "4161 tokens: a whole map is made of at most 4097"),
+        ({}, {}, ""),
+    ],
+)
+def test_xformers_says_what_it_does_not_take(
+    installed: dict[str, Any], changes: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ({"XFORMERS": True, "FLASH": 0} | installed).items():
+        monkeypatch.setattr(libraries, name, value)
+    problem = Problem("cuda", torch.bfloat16, 12, 64, Layout((7, 7)), trains=True)
+    assert libraries.xformers_refuses(problem._replace(**changes)).startswith(reason)
+    assert bool(libraries.xformers_refuses(problem._replace(**changes))) == bool(reason)

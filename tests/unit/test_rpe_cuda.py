@@ -478,3 +478,25 @@ def test_twenty_updates_in_bf16_have_the_losses_of_the_definition(
     assert len(losses[0]) == 20
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
     assert losses[1] != losses[0]
+
+
+@needs_compiler
+def test_a_library_of_another_source_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(building, "PREBUILT", shutil.copy(building.build("cpu"), tmp_path / "_cuda.so"))
+    changed = Path(shutil.copytree(building.SOURCES, tmp_path / "csrc"))
+    (changed / "tile.cuh").write_text((changed / "tile.cuh").read_text() + "// changed\n")
+    monkeypatch.setattr(building, "SOURCES", changed)
+    cuda.library.cache_clear()
+    with pytest.raises(RuntimeError, match=r"_cuda.so were built of another source; delete the file or build again"):
+        cuda.library("cuda")
+    cuda.library.cache_clear()
+
+
+@needs_compiler
+def test_an_empty_batch_has_an_empty_output_and_no_gradient() -> None:
+    c = call()
+    qkv, table = c.qkv[:0].requires_grad_(), c.table.requires_grad_()
+    out = run_fused(qkv, table, Layout(c.grid), c.qk_scale, c.rpe_scale, "cuda")
+    d_qkv, d_table = torch.autograd.grad(out.sum(), (qkv, table))
+    assert (len(out), len(d_qkv)) == (0, 0)
+    assert not d_table.any()

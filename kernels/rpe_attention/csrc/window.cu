@@ -27,6 +27,10 @@ int choose(int dim, int length, Use&& use) {
 
 }  // namespace
 
+#ifndef RPE_SOURCES
+#define RPE_SOURCES "unknown"
+#endif
+
 extern "C" {
 
 // Bytes of dynamic shared memory of the forward (backward = 0) or backward kernel.
@@ -72,6 +76,9 @@ int rpe_window_backward(const Problem* p, const void* dout, const void* qkv, con
   return launch(sum_partials, (numbers + 31) / 32, threads, threads * static_cast<int>(sizeof(float)), p->device,
                 stream, *p, static_cast<const float*>(workspace), dtable);
 }
+
+// The source this library was made of, as the build names it.
+const char* rpe_window_sources() { return RPE_SOURCES; }
 
 const char* rpe_window_error(int status) {
   return status == kRefused ? "the kernels do not take this problem" : error_text(status);
