@@ -163,12 +163,32 @@ class ObjectiveConfig(Section):
         default="per_image", description="windows per image, or one draw per batch"
     )
     radii: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        default=(5, 9, 13, 17), min_length=1, description="radii of the gradient ratio, pixels"
+        default=(5, 9, 13, 17), min_length=1, description="ratio targets: radii of the half windows, pixels"
     )
     offset: float = Field(
-        default=0.01, gt=0, description="added to the padded image before ratios; amplitude in [0, 1]"
+        default=0.01, gt=0, description="ratio targets: added to the padded image; amplitude in [0, 1]"
     )
-    centre: Literal["include", "exclude"] = Field(default="include", description="centre line of the half windows")
+    centre: Literal["include", "exclude"] = Field(
+        default="include", description="ratio targets: centre line of the half windows"
+    )
+    fusion: Literal["separate", "equal", "learned"] = Field(
+        default="separate",
+        description="saratr-x-v2-target: a map per scale, their mean, or a softmax that is trained with the model",
+    )
+    normalise_pixels: bool = Field(
+        default=False, description="lomar-sar: patches of mean 0 and variance 1, as in MAE and LoMaR, not raw pixels"
+    )
+    cutoff: float = Field(
+        default=40 / 224,
+        gt=0,
+        le=0.5,
+        description="low-pass: highest frequency kept, cycles per pixel. The paper leaves it open; PixMIM's 40/224",
+    )
+    cell: int = Field(default=8, ge=1, description="hog, sar-hog: side of a cell, pixels; must divide model.patch")
+    bins: int = Field(default=9, ge=1, description="hog, sar-hog: bins of half a turn")
+    gaussian_window: int | None = Field(
+        default=None, ge=2, description="hog: side of the Gaussian that weights gradients, pixels; null: no weights"
+    )
 
     @field_validator("name")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ def conflicts(c: Config) -> Iterator[Problem]:
     def conflict(value: object, text: str, path: str, *others: str) -> Problem:
         return Problem(path, value, text, others=others)
 
-    d, m, o, t = c.data, c.model, c.objective, c.train
+    d, m, t = c.data, c.model, c.train
     if t.global_batch % d.lanes:
         text = f"a multiple of data.lanes = {d.lanes}"
         yield conflict(t.global_batch, text, "train.global_batch", "data.lanes")
@@ -36,18 +37,7 @@ def conflicts(c: Config) -> Iterator[Problem]:
     if m.decoder.width % m.decoder.heads:
         text = f"a multiple of model.decoder.heads = {m.decoder.heads}"
         yield conflict(m.decoder.width, text, "model.decoder.width", "model.decoder.heads")
-    if max(o.radii) >= d.image_size:
-        text = f"radii below data.image_size = {d.image_size} (reflect padding)"
-        yield conflict(list(o.radii), text, "objective.radii", "data.image_size")
-    masked = int(o.window**2 * o.mask_ratio)
-    if not 0 < masked < o.window**2:
-        text = f"a share that masks at least one of {o.window**2} tokens and leaves one visible, not {masked}"
-        yield conflict(o.mask_ratio, text, "objective.mask_ratio", "objective.window")
-    sides = ("data.image_size", "model.patch")
     if d.image_size % m.patch:
-        yield conflict(d.image_size, f"a multiple of model.patch = {m.patch}", *sides)
-    elif o.window > (grid := d.image_size // m.patch):
-        yield conflict(o.window, f"at most the token grid's side {grid}", "objective.window", *sides)
-    elif o.windows > (places := grid - o.window + 1):
-        text = f"at most {places}: a window of {o.window} has {places} distinct rows in a grid of {grid}"
-        yield conflict(o.windows, text, "objective.windows", "objective.window", *sides)
+        yield conflict(d.image_size, f"a multiple of model.patch = {m.patch}", "data.image_size", "model.patch")
+    # Looked up here, so that this file imports no model; the name is valid, or its default.
+    yield from importlib.import_module("foundation.objectives.registry").build(c).conflicts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,15 +120,20 @@ def _style(values: np.ndarray) -> dict[str, Any]:
     return {"cmap": colormaps["magma"].with_extremes(bad="0.88"), "vmin": low, "vmax": high}
 
 
-def target_panels(images: Tensor, targets: Tensor, radii: Sequence[int], path: Path) -> Path:
-    """Each image beside its target at every scale: images [n, 1, S, S], targets [n, scales, S, S] → PNG."""
+def map_title(name: str) -> str:
+    """What stands over a map: `r5` is a radius, other names speak for themselves."""
+    return f"r = {name[1:]}" if re.fullmatch(r"r\d+", name) else name.replace("_", " ")
+
+
+def target_panels(images: Tensor, targets: Tensor, names: Sequence[str], path: Path) -> Path:
+    """Each image beside every map of its target: images [n, 1, S, S], targets [n, maps, h, w] → PNG."""
     pixels, values = images[:, 0].float().cpu().numpy(), targets.float().cpu().numpy()
     rows, columns = len(pixels), 1 + values.shape[1]
     figure, axes = grid(rows, columns, 1.9 * columns, 1.9 * rows + 0.55)
     for row in range(rows):
         _sar(axes[row, 0], pixels[row], "" if row else "image")
-        for scale, radius in enumerate(radii):
-            title = "" if row else f"r = {radius}"
+        for scale, name in enumerate(names):
+            title = "" if row else map_title(name)
             shown = _picture(axes[row, 1 + scale], values[row, scale], title, **_style(values[:, scale]))
             if row == rows - 1:
                 figure.colorbar(shown, ax=axes[row, 1 + scale], location="bottom", shrink=0.85, aspect=18)
@@ -135,12 +141,12 @@ def target_panels(images: Tensor, targets: Tensor, radii: Sequence[int], path: P
 
 
 def reconstruction_panels(
-    images: Tensor, masks: Tensor, targets: Tensor, predictions: Tensor, path: Path, radii: Sequence[int] | None = None
+    images: Tensor, masks: Tensor, targets: Tensor, predictions: Tensor, path: Path, names: Sequence[str] | None = None
 ) -> Path:
     """Two rows per image: image and targets, masked image and predictions on the targets' colour limits → PNG.
 
     images [n, 1, S, S]; masks [n, gh, gw], true where masked, NaN or -1 outside the windows (which is drawn pale);
-    targets and predictions [n, scales, S, S], NaN where there is none.
+    targets and predictions [n, maps, h, w], NaN where there is none.
     """
     pixels, wanted, got = images[:, 0].float().cpu().numpy(), targets.float().cpu().numpy(), predictions.float().cpu()
     rows, scales = len(pixels), wanted.shape[1]
@@ -152,7 +158,7 @@ def reconstruction_panels(
         axes[2 * i, 0].set_ylabel("target", fontsize=10)
         axes[2 * i + 1, 0].set_ylabel("mask, prediction", fontsize=10)
         for scale in range(scales):
-            title = f"r = {radii[scale]}" if radii else f"scale {scale + 1}"
+            title = map_title(names[scale]) if names else f"scale {scale + 1}"
             style = _style(wanted[:, scale])
             _picture(axes[2 * i, 1 + scale], wanted[i, scale], "" if i else title, **style)
             _picture(axes[2 * i + 1, 1 + scale], got[i, scale].numpy(), **style)

@@ -1,4 +1,4 @@
-"""The pictures of a run that need its model: targets per scale, reconstructions, attention distance."""
+"""The pictures of a run that need its model: targets map by map, reconstructions, attention distance."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from shards.catalog import Catalog
 from shards.stream import Batch, Reader
 
 SCORES = "scores.json"
+SHOWN = 9  # maps of a figure: a row of more is too small to see
 
 
 def write_run_report(run: Path, catalog: Catalog) -> Path:
@@ -80,12 +81,15 @@ def model_panels(
     images = pick_images(catalog, config.data.image_size, 16)
     distances = attention_distances(model.encoder, images)
     masks, targets, predictions = reconstruct(objective, model, images[:count])
-    radii = config.objective.radii
+    names, targets, predictions = objective.names[:SHOWN], targets[:, :SHOWN], predictions[:, :SHOWN]
     shown = f"images of {', '.join(source.name for source in catalog.sources)}"
+    if len(objective.names) > SHOWN:
+        shown += f", {SHOWN} of {len(objective.names)} maps"
+    what = "Reconstruction of masked patches" if bool((masks == 1).any()) else "Prediction of all patches"
     return {
-        f"Target per scale ({shown})": report.target_panels(images[:count], targets, radii, folder / "targets.png"),
-        "Reconstruction of masked patches": report.reconstruction_panels(
-            images[:count], masks, targets, predictions, folder / "reconstructions.png", radii
+        f"Target per map ({shown})": report.target_panels(images[:count], targets, names, folder / "targets.png"),
+        what: report.reconstruction_panels(
+            images[:count], masks, targets, predictions, folder / "reconstructions.png", names
         ),
         "Attention distance": report.attention_figure(distances, folder / "attention-distance.png"),
     }
@@ -99,23 +103,23 @@ def pick_images(catalog: Catalog, size: int, count: int) -> Tensor:
 
 
 def reconstruct(objective: MaskedReconstruction, model: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask state [n, gh, gw] (1 masked, 0 visible, NaN outside), targets and predictions [n, M, S, S] of `images`.
+    """Mask state [n, gh, gw] (1 masked, 0 visible, NaN outside), targets and predictions [n, M, h, w] of `images`.
 
-    Where windows overlap, a patch shows the window that was drawn last; patches never masked have no prediction (NaN).
+    Where windows overlap, a patch shows the window that was drawn last; patches never asked for have no prediction
+    (NaN).
     """
     patch = objective.config.model.patch
     grid = (images.shape[-2] // patch, images.shape[-1] // patch)
     masks = objective.masks(torch.arange(len(images)), grid)
-    tokens = model(images, *masks)
-    size = tokens.shape[-1]
+    targets, tokens = objective.predict(model, images, masks)
+    size, asked = tokens.shape[-1], masks.asked
     state = torch.full((len(images), grid[0] * grid[1]), float("nan"))
     drawn = torch.full((len(images), grid[0] * grid[1], size), float("nan"))
     for index in range(len(images)):
         for window in range(masks.patch_ids.shape[1]):
             ids = masks.patch_ids[index, window]
             state[index, ids] = 0.0
+            state[index, ids[masks.masked[index, window]]] = 1.0
             drawn[index, ids] = float("nan")
-            hidden = ids[masks.masked[index, window]]
-            state[index, hidden] = 1.0
-            drawn[index, hidden] = tokens[index, window].float()
-    return state.view(-1, *grid), objective.target.maps(images), unpatchify(drawn, patch, grid)
+            drawn[index, ids[asked[index, window]]] = tokens[index, window].float()
+    return state.view(-1, *grid), targets, unpatchify(drawn, patch // objective.fixed.cell, grid)

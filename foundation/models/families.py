@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -49,27 +51,29 @@ class Tokens(NamedTuple):
     length: int
     """of one window, with its class token; masked tokens are processed like all others"""
     masked: int
-    """predicted, per window"""
+    """predicted, per window: the masked ones, or all where nothing is masked"""
     values: int
-    """of one prediction: patch² times target maps"""
+    """of one prediction"""
+    target: int
+    """values of the exact target of one prediction; more than predicted where a fusion is learnt"""
+    fusion: int = 0
+    """learnt weights of the target's maps"""
 
 
 def tokens(config: Config) -> Tokens:
-    """The token counts of a configuration."""
-    model, objective = config.model, config.objective
-    inside = objective.window**2
-    values = model.patch**2 * model.channels * len(objective.radii)
-    patches = (config.data.image_size // model.patch) ** 2
-    return Tokens(patches, objective.windows, inside + 1, int(inside * objective.mask_ratio), values)
+    """The token counts of a configuration: its objective knows them."""
+    # Looked up when asked for: objectives build models, and no configuration is valid without them.
+    counts: Tokens = importlib.import_module("foundation.objectives.registry").build(config).tokens()
+    return counts
 
 
 def attention_backends(config: Config, device: str) -> tuple[str, str]:
     """The backends that train encoder and decoder on a type of device: `auto` is what it stands for there."""
-    row, model, window = FAMILY[config.model.size], config.model, config.objective.window
+    row, model, side = FAMILY[config.model.size], config.model, math.isqrt(tokens(config).length - 1)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     parts = ((row.dim, row.heads), (model.decoder.width, model.decoder.heads))
     encoder, decoder = (
-        Problem(device, dtype, heads, dim // heads, Layout((window, window)), trains=True) for dim, heads in parts
+        Problem(device, dtype, heads, dim // heads, Layout((side, side)), trains=True) for dim, heads in parts
     )
     return choose(model.attention, encoder), choose(model.attention, decoder)
 
@@ -118,10 +122,11 @@ def block_shapes(dim: int, heads: int) -> list[Rows]:
 
 def shapes(config: Config) -> Shapes:
     """The parameters of the model that a configuration builds, decoder included."""
-    row, model, decoder = FAMILY[config.model.size], config.model, config.model.decoder
+    row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
     root = [*linear(model.patch**2 * model.channels, row.dim), *2 * [Rows(1, row.dim)]]  # class and mask token
-    root += [*linear(row.dim, decoder.width), *linear(decoder.width, tokens(config).values)]
+    root += [*linear(row.dim, decoder.width), *linear(decoder.width, t.values)]
     root += [*2 * [Rows(row.dim)], *2 * [Rows(decoder.width)]]  # the two final norms
+    root += [Rows(t.fusion)] if t.fusion else []
     blocks = block_shapes(row.dim, row.heads), block_shapes(decoder.width, decoder.heads)
     return Shapes(*blocks, root, row.depth, decoder.depth)
 

@@ -34,7 +34,8 @@ class MaskedWindowModel(nn.Module):
     """LoMaR's frame: mask tokens enter the encoder, every window is a small image of its own.
 
     `forward(images [B, C, H, W], patch_ids [B, W, n], masked [B, W, m])` → [B, W, m, out]. `patch_ids` are the raster
-    ids of the patches of each square window, `masked` the slots among the n that are hidden; both int64.
+    ids of the patches of each square window, `masked` the slots among the n that are hidden; both int64. Where nothing
+    is hidden (m = 0) all n slots are predicted.
     """
 
     def __init__(self, encoder: ViT, width: int, depth: int, heads: int, out: int, attention: str = "auto") -> None:
@@ -55,5 +56,22 @@ class MaskedWindowModel(nn.Module):
         tokens = torch.where(mask, self.mask_token.to(tokens.dtype), tokens)
         side = round(n**0.5)
         encoded = self.encoder.encode(tokens, (side, side))
-        predicted = self.decoder(encoded, (side, side), None if predict_all else hidden)
+        predicted = self.decoder(encoded, (side, side), None if predict_all or not hidden.shape[1] else hidden)
         return predicted.view(batch, windows, -1, predicted.shape[-1])
+
+
+class FusedWindowModel(MaskedWindowModel):
+    """`MaskedWindowModel` of which the target's maps are fused by weights that are trained with it.
+
+    `forward` returns predictions [B, W, m, out] and the weights of the maps, fp32 [maps]: a softmax, at first equal.
+    """
+
+    def __init__(self, encoder: ViT, width: int, depth: int, heads: int, out: int, attention: str, maps: int) -> None:
+        super().__init__(encoder, width, depth, heads, out, attention)
+        self.fusion = nn.Parameter(torch.zeros(maps))
+
+    def forward(  # type: ignore[override]  # the weights have to come out of forward, where engines have them whole
+        self, images: Tensor, patch_ids: Tensor, masked: Tensor, predict_all: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Predictions as in `MaskedWindowModel`, and the softmax of the weights."""
+        return super().forward(images, patch_ids, masked, predict_all), self.fusion.float().softmax(0)

@@ -32,8 +32,8 @@ def whole(parameter: nn.Parameter) -> Piece:
 def initialise(model: nn.Module, seed: int, part: Callable[[nn.Parameter], Piece] = whole) -> None:
     """Xavier-uniform weights, zero biases and tables, unit norms, tokens of std 0.02: the published initialisation.
 
-    Each process draws the `part` that it holds of a parameter and no more, so any sharding starts from the same
-    weights. Raises TypeError for a parameter that no rule knows.
+    Fusions start at zero too: equal weights. Each process draws the `part` that it holds of a parameter and no more, so
+    any sharding starts from the same weights. Raises TypeError for a parameter that no rule knows.
     """
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
@@ -49,7 +49,7 @@ def _fill(part: Piece, owner: nn.Module, leaf: str, seed: int, name: str) -> Non
         _draw(piece, first, seed, name, lambda u: (2 * u - 1) * bound)
     elif leaf.endswith("token"):
         _draw(piece, first, seed, name, lambda u: torch.special.ndtri(u.clamp(min=2**-25)) * 0.02)
-    elif leaf in ("bias", "table"):
+    elif leaf in ("bias", "table", "fusion"):
         piece.zero_()
     elif isinstance(owner, nn.LayerNorm) and leaf == "weight":
         piece.fill_(1)

@@ -16,6 +16,13 @@ class Masks(NamedTuple):
     patch_ids: Tensor
     masked: Tensor
 
+    @property
+    def asked(self) -> Tensor:
+        """Slots that are predicted, int64 [B, W, m]: the hidden ones, or all n where nothing is hidden."""
+        if self.masked.shape[-1]:
+            return self.masked
+        return torch.arange(self.patch_ids.shape[-1], device=self.patch_ids.device).expand_as(self.patch_ids)
+
 
 def window_patch_ids(tops: Tensor, lefts: Tensor, window: int, grid_width: int) -> Tensor:
     """Raster ids of square windows in raster order: tops, lefts [B, W] → [B, W, window²]."""
@@ -47,3 +54,9 @@ def local_windows(
     order = permutation(seed, "mask", each, tokens).view(batch, count, tokens)
     masked = order[..., : int(tokens * mask_ratio)].sort(-1).values
     return Masks(window_patch_ids(tops, lefts, window, grid[1]), masked)
+
+
+def whole_image(positions: Tensor, grid: tuple[int, int]) -> Masks:
+    """Nothing is hidden: one window that is the whole grid, for each of the samples at `positions` int64 [B]."""
+    every = torch.arange(grid[0] * grid[1], device=positions.device).repeat(positions.shape[0], 1, 1)
+    return Masks(every, every[..., :0])

@@ -1,22 +1,24 @@
-"""Masked prediction of a fixed target in local windows (SAR-JEPA, arXiv 2311.15153)."""
+"""Masked prediction of a fixed target in local windows (SAR-JEPA, arXiv 2311.15153), and what differs by one class."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from foundation.config import Config
-from foundation.models.families import FAMILY
-from foundation.models.heads import MaskedWindowModel
+from foundation.config_text import Problem
+from foundation.models.families import FAMILY, Tokens
+from foundation.models.heads import FusedWindowModel, MaskedWindowModel
 from foundation.models.vit import ViT
-from foundation.objectives.masks import Masks, local_windows
-from foundation.objectives.targets import GradientRatio, Target, patchify
+from foundation.objectives.masks import Masks, local_windows, whole_image
+from foundation.objectives.targets import FixedTarget, Target, patchify
 
 
 class Inputs(NamedTuple):
-    """What one micro-batch asks of the model: its arguments, and the target [B, W, m, out] of the masked slots."""
+    """What one micro-batch asks of the model: its arguments, and the target [B, W, m, out] of the slots asked for."""
 
     model_args: tuple[Tensor, ...]
     target: Tensor
@@ -29,17 +31,61 @@ def build_encoder(config: Config) -> ViT:
 
 
 class MaskedReconstruction:
-    """Predict `target` on the hidden patches of local windows; squared error, mean over masked tokens and values."""
+    """Predict `target` on the hidden patches of local windows; squared error, mean over masked tokens and values.
 
-    def __init__(self, config: Config, target: Target) -> None:
-        self.config, self.target = config, target
+    `fixed` says how the predicted maps are laid out; `target`, which computes them, may be replaced by another way to
+    the same maps.
+    """
+
+    def __init__(self, config: Config, target: FixedTarget) -> None:
+        self.config, self.fixed = config, target
+        self.target: Target = target
+        self.names = target.names
+        """Of the predicted maps."""
+
+    def tokens(self) -> Tokens:
+        """The sizes that formulas of memory and time need; no tensor is made."""
+        o, values = self.config.objective, self.values
+        inside = o.window**2
+        return Tokens(self.patches, o.windows, inside + 1, int(inside * o.mask_ratio), values, values)
+
+    def conflicts(self) -> Iterator[Problem]:
+        """What keys of the configuration cannot be together under this objective."""
+        yield from self.fixed.conflicts(self.config)
+        yield from self.mask_conflicts()
+
+    def mask_conflicts(self) -> Iterator[Problem]:
+        """Windows must fit into the grid, and some of their tokens be hidden."""
+        o, model, side = self.config.objective, self.config.model, self.config.data.image_size
+        masked, tokens = int(o.window**2 * o.mask_ratio), o.window**2
+        if not 0 < masked < tokens:
+            text = f"a share that masks at least one of {tokens} tokens and leaves one visible, not {masked}"
+            yield Problem("objective.mask_ratio", o.mask_ratio, text, others=("objective.window",))
+        if side % model.patch:
+            return  # there is no grid
+        grid, sides = side // model.patch, ("data.image_size", "model.patch")
+        places = grid - o.window + 1
+        if places < 1:
+            yield Problem("objective.window", o.window, f"at most the token grid's side {grid}", others=sides)
+        elif o.windows > places:
+            text = f"at most {places}: a window of {o.window} has {places} distinct rows in a grid of {grid}"
+            yield Problem("objective.windows", o.windows, text, others=("objective.window", *sides))
+
+    @property
+    def patches(self) -> int:
+        """Patches of an image."""
+        return (self.config.data.image_size // self.config.model.patch) ** 2
+
+    @property
+    def values(self) -> int:
+        """Numbers predicted per patch."""
+        return len(self.names) * (self.config.model.patch // self.fixed.cell) ** 2
 
     def build_model(self) -> MaskedWindowModel:
-        """Encoder and decoder; the output width follows from patch² times the number of target maps."""
-        model, out = self.config.model, self.config.model.patch**2 * len(self.target.names)
-        decoder = model.decoder
+        """Encoder and decoder; the output width follows from the target."""
+        model, decoder = self.config.model, self.config.model.decoder
         encoder = build_encoder(self.config)
-        return MaskedWindowModel(encoder, decoder.width, decoder.depth, decoder.heads, out, model.attention)
+        return MaskedWindowModel(encoder, decoder.width, decoder.depth, decoder.heads, self.values, model.attention)
 
     def masks(self, positions: Tensor, grid: tuple[int, int]) -> Masks:
         """The windows and masks of the samples at `positions` int64 [B]."""
@@ -52,25 +98,86 @@ class MaskedReconstruction:
         """Masks and exact fp32 targets of a micro-batch: images fp32 [B, C, S, S], positions int64 [B]."""
         patch = self.config.model.patch
         masks = self.masks(positions, (images.shape[-2] // patch, images.shape[-1] // patch))
-        target = gather_masked(patchify(self.target.maps(images), patch), masks)
+        target = gather_masked(patchify(self.target.maps(images), patch // self.fixed.cell), masks)
         return Inputs((images, *masks), target)
 
-    def loss(self, prediction: Tensor, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean squared error in fp32, and the same per target map."""
+    def loss(self, prediction: Any, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error in fp32, and the same per target map. `prediction` is what the model returned."""
         error = (prediction.float() - inputs.target).square()
-        per_map = error.flatten(0, -2).mean(0).view(len(self.target.names), -1).mean(1)
-        parts = {f"loss_{name}": value for name, value in zip(self.target.names, per_map.detach(), strict=True)}
+        per_map = error.flatten(0, -2).mean(0).view(len(self.names), -1).mean(1)
+        parts = {f"loss_{name}": value for name, value in zip(self.names, per_map.detach(), strict=True)}
         return per_map.mean(), parts
+
+    def predict(self, model: Any, images: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
+        """For figures: target maps [B, M, H / cell, W / cell], and the predictions [B, W, m, out] of what is asked."""
+        return self.target.maps(images), model(images, *masks)
+
+
+class UnmaskedReconstruction(MaskedReconstruction):
+    """Predict the target of every patch of an image of which nothing is hidden.
+
+    PGGA, the physics-guided features without masked modelling of SAR-JEPA's comparison (arXiv 2311.15153), was not
+    released. Here all tokens pass the encoder and decoder of SAR-JEPA as one window, and the loss is a mean over all.
+    The mask token stays in the model, unused, so that tensors are those of the other objectives.
+    """
+
+    def tokens(self) -> Tokens:
+        """One window that is the image, all of it predicted."""
+        return Tokens(self.patches, 1, self.patches + 1, self.patches, self.values, self.values)
+
+    def mask_conflicts(self) -> Iterator[Problem]:
+        """There are no windows to place."""
+        yield from ()
+
+    def masks(self, positions: Tensor, grid: tuple[int, int]) -> Masks:
+        """The same for all samples."""
+        return whole_image(positions, grid)
+
+
+class LearnedFusion(MaskedReconstruction):
+    """Predict one map per channel, the target's maps of that channel weighted by a softmax that is learnt.
+
+    SARATR-X v2 (arXiv 2607.23238). The weights are trained through the target: nothing but the other maps' share of the
+    error keeps them from the map that is predicted most easily, so every weight is a metric.
+    """
+
+    def __init__(self, config: Config, target: FixedTarget) -> None:
+        super().__init__(config, target)
+        self.channels = config.model.channels
+        self.fused = tuple(n.removeprefix("c0_") for n in target.names[: len(target.names) // self.channels])
+        self.names = ("fused",) if self.channels == 1 else tuple(f"c{c}_fused" for c in range(self.channels))
+
+    def tokens(self) -> Tokens:
+        """The whole target is kept until it is fused."""
+        maps = len(self.fused)
+        return super().tokens()._replace(target=maps * self.values, fusion=maps)
+
+    def build_model(self) -> FusedWindowModel:
+        """The weights are parameters of the model, so that engines and checkpoints treat them as such."""
+        model, d = self.config.model, self.config.model.decoder
+        encoder, maps = build_encoder(self.config), len(self.fused)
+        return FusedWindowModel(encoder, d.width, d.depth, d.heads, self.values, model.attention, maps)
+
+    def fuse(self, maps: Tensor, weights: Tensor) -> Tensor:
+        """Weighted sums over the maps of each channel: [..., C · maps · v] and fp32 [maps] → [..., C · v]."""
+        return (maps.unflatten(-1, (self.channels, len(weights), -1)) * weights[:, None]).sum(-2).flatten(-2)
+
+    def loss(self, prediction: Any, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean squared error of the fused target, which passes a gradient to the weights; and the weights."""
+        predicted, weights = prediction
+        loss, parts = super().loss(predicted, inputs._replace(target=self.fuse(inputs.target, weights)))
+        shares = zip(self.fused, weights.detach(), strict=True)
+        return loss, parts | {f"fusion_{name}": share for name, share in shares}
+
+    def predict(self, model: Any, images: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
+        """Target maps fused by the model's weights, and its predictions."""
+        maps, (predicted, weights) = super().predict(model, images, masks)
+        fused = self.fuse(maps.flatten(1), weights).unflatten(1, (self.channels, *maps.shape[2:]))
+        return fused, predicted
 
 
 def gather_masked(tokens: Tensor, masks: Masks) -> Tensor:
-    """Rows of the masked patches: tokens [B, N, D] → [B, W, m, D]."""
-    ids = masks.patch_ids.gather(2, masks.masked)
+    """Rows of the patches that are asked for: tokens [B, N, D] → [B, W, m, D]."""
+    ids = masks.patch_ids.gather(2, masks.asked)
     flat = ids.flatten(1)[:, :, None].expand(-1, -1, tokens.shape[-1])
     return tokens.gather(1, flat).view(*ids.shape, -1)
-
-
-def sar_jepa(config: Config) -> MaskedReconstruction:
-    """Four-scale gradient ratio, four local windows, 80 % masked."""
-    o = config.objective
-    return MaskedReconstruction(config, GradientRatio(o.radii, o.offset, o.centre, config.model.channels))

@@ -1,4 +1,4 @@
-"""Name → complete objective."""
+"""Name → complete objective. A row names the class that trains and the target it is given; keys come from the YAML."""
 
 from __future__ import annotations
 
@@ -6,7 +6,18 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from foundation.config import Config
-from foundation.objectives.reconstruction import MaskedReconstruction, sar_jepa
+from foundation.objectives.histograms import HOG, SARHOG
+from foundation.objectives.reconstruction import LearnedFusion, MaskedReconstruction, UnmaskedReconstruction
+from foundation.objectives.targets import (
+    FixedTarget,
+    GaussianRatio,
+    GradientRatio,
+    LowPass,
+    MeanScale,
+    NormalisedPixels,
+    Pixels,
+    StructuralScales,
+)
 
 Objective = MaskedReconstruction
 
@@ -18,8 +29,70 @@ class Row(NamedTuple):
     description: str
 
 
+def pixels(config: Config) -> Objective:
+    """Raw pixels, or those of patches of mean 0 and variance 1."""
+    model = config.model
+    normalised = config.objective.normalise_pixels
+    target = NormalisedPixels(model.patch, model.channels) if normalised else Pixels(model.channels)
+    return MaskedReconstruction(config, target)
+
+
+def low_pass(config: Config) -> Objective:
+    """Low-pass-filtered pixels."""
+    return MaskedReconstruction(config, LowPass(config.objective.cutoff, config.model.channels))
+
+
+def hog(config: Config) -> Objective:
+    """Histograms of Sobel gradients."""
+    o = config.objective
+    return MaskedReconstruction(config, HOG(o.cell, o.bins, o.gaussian_window, config.model.channels))
+
+
+def sar_hog(config: Config) -> Objective:
+    """Histograms of gradient ratios."""
+    o = config.objective
+    target = SARHOG(o.radii, o.offset, o.centre, o.cell, o.bins, config.model.channels)
+    return MaskedReconstruction(config, target)
+
+
+def pgga(config: Config) -> Objective:
+    """The gradient ratio of all patches, nothing hidden."""
+    return UnmaskedReconstruction(config, ratio(GradientRatio, config))
+
+
+def sar_jepa_gaussian(config: Config) -> Objective:
+    """The gradient ratio with Gaussian half windows."""
+    return MaskedReconstruction(config, ratio(GaussianRatio, config))
+
+
+def sar_jepa(config: Config) -> Objective:
+    """The gradient ratio of box windows."""
+    return MaskedReconstruction(config, ratio(GradientRatio, config))
+
+
+def structural(config: Config) -> Objective:
+    """SARATR-X v2's scales, each a map of its own or fused."""
+    if config.objective.fusion == "learned":
+        return LearnedFusion(config, ratio(StructuralScales, config))
+    fused = config.objective.fusion == "equal"
+    return MaskedReconstruction(config, ratio(MeanScale if fused else StructuralScales, config))
+
+
+def ratio(target: Callable[[tuple[int, ...], float, str, int], FixedTarget], config: Config) -> FixedTarget:
+    """A target of half windows with the keys of a configuration."""
+    o = config.objective
+    return target(o.radii, o.offset, o.centre, config.model.channels)
+
+
 OBJECTIVES = {
+    "lomar-sar": Row(pixels, "pixels of masked local windows (LoMaR-SAR of arXiv 2311.15153)"),
+    "low-pass": Row(low_pass, "low-pass-filtered pixels of masked local windows (arXiv 2311.15153, 2303.02416)"),
+    "hog": Row(hog, "histograms of oriented gradients of masked local windows (target of arXiv 2112.09133)"),
+    "sar-hog": Row(sar_hog, "histograms of gradient ratios of masked local windows (arXiv 2311.15153)"),
+    "pgga": Row(pgga, "multi-scale gradient-ratio features of all patches, no masking (PGGA of arXiv 2311.15153)"),
+    "sar-jepa-gaussian": Row(sar_jepa_gaussian, "sar-jepa with Gaussian half windows (arXiv 2311.15153)"),
     "sar-jepa": Row(sar_jepa, "multi-scale gradient-ratio features of masked local windows (arXiv 2311.15153)"),
+    "saratr-x-v2-target": Row(structural, "SARATR-X v2's six scales of masked local windows (arXiv 2607.23238)"),
 }
 
 

@@ -178,4 +178,4 @@ def batch_bytes(config: Config, micro_batch: int) -> int:
     """
     t = tokens(config)
     picture = 4 * config.data.image_size**2 * config.model.channels
-    return micro_batch * (picture + t.windows * (t.masked * (4 * t.values + 8) + 8 * (t.length - 1)))
+    return micro_batch * (picture + t.windows * (t.masked * (4 * t.target + 8) + 8 * (t.length - 1)))

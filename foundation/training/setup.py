@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from foundation.config import Config, config_hash, resolved_yaml, to_dict
+from foundation.config import Config, config_hash, from_dict, resolved_yaml, to_dict
 from foundation.errors import CheckpointError
 from foundation.files import write_whole
 from foundation.models.families import attention_backends
@@ -101,7 +101,7 @@ def restore(learner: Learner, catalog: Catalog, folder: Path, ranks: Ranks) -> t
             do="choose another `name` or run_root",
         )
     config = learner.config
-    then, now = state["config"], to_dict(config)
+    then, now = to_dict(from_dict(state["config"])), to_dict(config)  # keys that are newer than the run: their defaults
     fixed = [("seed",), ("train", "global_batch"), ("train", "samples")]
     fixed += [("name",)] if config.train.checkpoints else []  # a folder or URL that another run writes to
     fixed += [("data", key) for key in now["data"] if key not in FREE]

@@ -39,7 +39,7 @@ def written(folder: Path, text: str, name: str = "run.yaml") -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_delivered_file_is_valid_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
     config = load(path)
     assert load(written(tmp_path, resolved_yaml(config))) == config == from_dict(to_dict(config))

@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from foundation.config import from_dict
-from foundation.objectives.registry import build
+from foundation.objectives.registry import OBJECTIVES, build
 from foundation.training.engine import Engine
 from foundation.training.optim import build_optimizer, rules
 from kernels.gradient_ratio import BACKENDS
+from kernels.rpe_attention import BACKENDS as ATTENTION
 from shards.augment import Augment
 from shards.placing import placed
 from shards.stream import Batch
@@ -30,27 +31,51 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        before, after = (
-            {leaf.device.type for leaf in tree_leaves(each) if isinstance(leaf, Tensor)} for each in (args, out)
-        )
-        moves = ("cuda" in before and "cpu" in after) or ("cpu" in before and "cuda" in after)
-        if (moves and not (kwargs or {}).get("non_blocking")) or "local_scalar" in str(func) or "nonzero" in str(func):
+        devices = [{leaf.device.type for leaf in tree_leaves(each) if isinstance(leaf, Tensor)} for each in (args, out)]
+        if func in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default):
+            source, target = (args[1], args[0]) if func is torch.ops.aten.copy_.default else (args[0], out)
+            waited = not ((kwargs or {}).get("non_blocking") or args[2:3] == (True,))
+            if source.device.type != target.device.type and (waited or (target.is_cuda and not _is_pinned(source))):
+                self.found.append(f"{func} from {source.device.type} to {target.device.type}")
+        elif "cpu" in devices[1] and "cuda" in devices[0]:
+            self.found.append(str(func))
+        if "local_scalar" in str(func) or "nonzero" in str(func):
             self.found.append(str(func))
         return out
+
+
+def _is_pinned(tensor: Tensor) -> bool:
+    return getattr(tensor, "counts_as_pinned", False)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    tensor.counts_as_pinned = True  # type: ignore[attr-defined]
+    return tensor
 
 
 @pytest.fixture
 def no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """What needs a driver: pinned memory (what is asked to be pinned counts as such) and launches of kernels."""
-    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(Tensor, "pin_memory", _pinned)
+    monkeypatch.setattr(Tensor, "is_pinned", _is_pinned)
     monkeypatch.setitem(BACKENDS, "triton", BACKENDS["triton"]._replace(unavailable="there is no GPU"))
+    monkeypatch.setitem(ATTENTION, "triton", ATTENTION["triton"]._replace(refuses=lambda problem: ""))  # also fp32
 
 
 def on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="cuda")
 
 
-@pytest.mark.parametrize("call", [lambda: on_gpu(2)[0].item(), lambda: on_gpu(2).cpu(), lambda: torch.ones(2).cuda()])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: on_gpu(2)[0].item(),
+        lambda: on_gpu(2).cpu(),
+        lambda: torch.ones(2).cuda(),
+        lambda: torch.ones(2).to("cuda", non_blocking=True),
+        lambda: on_gpu(2).copy_(torch.ones(2)),
+    ],
+)
 def test_this_test_sees_what_waits(call: Any) -> None:
     with FakeTensorMode(), Waits() as waits:
         try:
@@ -58,6 +83,20 @@ def test_this_test_sees_what_waits(call: Any) -> None:
         except Exception as error:  # a fake tensor has no value to give
             waits.found.append(str(error))
     assert waits.found
+
+
+def test_a_copy_from_the_device_that_nobody_waits_for_is_none() -> None:
+    with FakeTensorMode(), Waits() as waits:
+        torch.empty(2).copy_(on_gpu(2), non_blocking=True)
+    assert waits.found == []
+
+
+@pytest.mark.usefixtures("no_driver")
+def test_values_travel_to_a_gpu_from_pinned_memory() -> None:
+    with FakeTensorMode(), Waits() as waits:
+        assert placed([1, 2], "cuda").device.type == "cuda"
+        assert placed(on_gpu(2), "cuda").device.type == "cuda"
+    assert waits.found == []
 
 
 @pytest.mark.usefixtures("no_driver")
@@ -89,6 +128,32 @@ def test_nothing_waits_from_the_batch_to_the_update() -> None:
         engine.device = torch.device("cuda")
         norm = engine.update(model, optimizer, 1e-3)
         assert norm.device.type == "cuda"
+    assert waits.found == []
+
+
+@pytest.mark.usefixtures("no_driver")
+@pytest.mark.parametrize(
+    "objective",
+    [
+        *({"name": name} for name in OBJECTIVES),
+        {"name": "hog", "gaussian_window": 16},
+        {"name": "lomar-sar", "normalise_pixels": True},
+        {"name": "saratr-x-v2-target", "fusion": "equal"},
+        {"name": "saratr-x-v2-target", "fusion": "learned"},
+    ],
+    ids=lambda value: " ".join(map(str, value.values())),
+)
+def test_no_target_and_no_loss_waits(objective: dict[str, Any]) -> None:
+    tree = {"data": {"image_size": 64}, "model": {"size": "nano", "patch": 8}}
+    task = build(from_dict({**tree, "objective": {"windows": 2, "radii": (3, 5), **objective}}))
+    with FakeTensorMode(allow_non_fake_inputs=True), Waits() as waits:
+        inputs = task.prepare(on_gpu(2, 1, 64, 64), on_gpu(2, dtype=torch.int64))
+        # What the model returns: predictions, and weights where maps are fused by learnt ones.
+        sizes = task.tokens()
+        predicted = on_gpu(*inputs.target.shape[:-1], sizes.values)
+        loss, parts = task.loss((predicted, on_gpu(sizes.fusion)) if sizes.fusion else predicted, inputs)
+        assert {t.device.type for t in (inputs.target, loss, *parts.values())} == {"cuda"}
+        assert inputs.target.dtype == torch.float32
     assert waits.found == []
 
 

@@ -85,6 +85,15 @@ def test_the_activation_formula_is_what_a_run_keeps(backend: str, checkpointing:
     assert kept_for_backward(run, 4) == pytest.approx(expected.blocks + expected.rest, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "objective", [{"name": "pgga"}, {"name": "hog"}, {"name": "saratr-x-v2-target", "fusion": "learned"}], ids=str
+)
+def test_the_activation_formula_is_what_a_run_keeps_under_other_objectives(objective: dict[str, Any]) -> None:
+    run = little(model={"attention": "reference"}, objective=objective)
+    expected = activations(run, 4, "cpu")
+    assert kept_for_backward(run, 4) == pytest.approx(expected.blocks + expected.rest, rel=0.1)
+
+
 @pytest.mark.parametrize("backend", ["reference", "dense", "sdpa"])
 def test_the_activation_formula_holds_in_bf16_beside_the_cast_weights(backend: str) -> None:
     run = little(model={"attention": backend}, train={"precision": "bf16"})

@@ -127,8 +127,8 @@ def test_figures_are_drawn_for_targets_reconstructions_attention_and_scores(tmp_
     masks = torch.tensor([[1.0, 0.0], [-1.0, torch.nan]]).expand(2, 2, 2)
     holes = targets.clone()
     holes[:, :, :16] = torch.nan
-    png(report.target_panels(images, targets, (5, 9, 13), tmp_path / "t.png"))
-    png(report.reconstruction_panels(images, masks, targets, holes, tmp_path / "r.png", (5, 9, 13)))
+    png(report.target_panels(images, targets, ("r5", "r9", "r13"), tmp_path / "t.png"))
+    png(report.reconstruction_panels(images, masks, targets, holes, tmp_path / "r.png", ("r5", "r9", "r13")))
     png(report.reconstruction_panels(images, masks > 0, targets, targets, tmp_path / "bool.png"))
     png(report.attention_figure(torch.rand(4, 2, 6), tmp_path / "deep" / "a.png"))
     png(report.score_figure(SCORES, tmp_path / "s.png"))
