@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from processes import finish, interrupted, position, record, same_state, start, wait
 
-from foundation.config import Config
+from foundation.config import Config, to_dict
+from foundation.errors import CheckpointError
+from foundation.training import setup
 from foundation.training.checkpoint import latest, load, save
 from foundation.training.places import place
 from foundation.training.run import train
@@ -109,6 +111,23 @@ def test_a_resume_with_other_values_is_refused_by_name(
     assert "start a new run with another `name`" in err
     assert (run / "config.yaml").read_text() == written
     assert record(run) == record(finished)
+
+
+def test_a_run_from_before_a_key_existed_goes_on_with_its_default(
+    tiny_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def older(config: Config) -> dict[str, Any]:
+        tree = to_dict(config)
+        del tree["objective"]["cutoff"]
+        return tree
+
+    monkeypatch.setattr(setup, "to_dict", older)
+    train(tiny_config("train.samples=16"))
+    monkeypatch.undo()
+    before = record(train(tiny_config("train.samples=16")))
+    assert len(before) == 2  # nothing was trained again
+    with pytest.raises(CheckpointError, match=r"other values of: objective\.cutoff"):
+        train(tiny_config("train.samples=16", "objective.cutoff=0.1"))
 
 
 def test_a_catalog_that_moved_is_still_the_same_data(
