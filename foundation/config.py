@@ -115,7 +115,7 @@ class DecoderConfig(Section):
     """The decoder behind the encoder."""
 
     width: int = Field(default=512, ge=1, description="features per token")
-    depth: int = Field(default=8, ge=1, description="blocks")
+    depth: int = Field(default=8, ge=0, description="blocks; 0: one linear layer instead of a decoder")
     heads: int = Field(default=16, ge=1, description="attention heads; must divide the width")
 
 

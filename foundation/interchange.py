@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError  # what torch.load raises when weights_only refuses a file; nothing is unpickled here
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from foundation.config import Config, from_dict, to_dict
 from foundation.errors import CheckpointError
 from foundation.models.families import FAMILY, Row
-from foundation.models.heads import MaskedWindowModel
+from foundation.models.heads import Decoder, LinearHead, MaskedWindowModel
 from foundation.models.initialise import initialise
 from foundation.models.vit import ViT
 from foundation.objectives.reconstruction import build_encoder
@@ -31,12 +31,15 @@ _PUBLISHED = (
     (r"\.attn\.rpe_k\.lookup_table_weight$", ".attn.rpe.table"),
     (r"\.mlp\.(fc[12])\.", r".\1."),
 )
+_PIXELS = ("decoder.pred.weight", "decoder.pred.bias")
 UNUSED = frozenset({"pos_embed"})
 _DO = "save it again with torch.save({'model': state_dict}, path)"
 
 
-def rename(published: str) -> str:
-    """Our name of a published tensor."""
+def rename(published: str, linear: bool = False) -> str:
+    """Our name of a published tensor; `linear` where `encoder_pred` is the head and not the way into a decoder."""
+    if linear:
+        published = re.sub(r"^encoder_pred\.", "decoder.pred.", published)
     for pattern, ours in _PUBLISHED:
         published = re.sub(pattern, ours, published)
     return published
@@ -44,7 +47,23 @@ def rename(published: str) -> str:
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A published state dict under our names, without the tensors that the published code never uses."""
-    return {rename(name): tensor for name, tensor in state.items() if name not in UNUSED}
+    linear = is_linear(state)
+    ours = {rename(name, linear): tensor for name, tensor in state.items() if name not in UNUSED}
+    if linear and "encoder.patch_embed.proj.weight" in ours:
+        channels = ours["encoder.patch_embed.proj.weight"].shape[1]
+        ours |= {name: by_channel(tensor, channels, 0) for name, tensor in ours.items() if name in _PIXELS}
+    return ours
+
+
+def by_channel(values: Tensor, channels: int, dim: int) -> Tensor:
+    """Values of patches channel after channel, as here, from those pixel after pixel, as published: along `dim`."""
+    dim %= values.ndim
+    return values.unflatten(dim, (-1, channels)).transpose(dim, dim + 1).flatten(dim, dim + 1)
+
+
+def is_linear(published: Iterable[str]) -> bool:
+    """Whether published names are those of a model without a decoder: LoMaR's."""
+    return not any(name.startswith("decoder_") for name in published)
 
 
 def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
@@ -61,6 +80,15 @@ def model_of(state: Mapping[str, Tensor], attention: str = "auto", where: str = 
     try:
         dim, channels, patch, _ = state["encoder.patch_embed.proj.weight"].shape
         depth, heads = _blocks(state, "encoder.blocks.", dim)
+        if all(name in _PIXELS for name in state if name.startswith("decoder.")):
+            return MaskedWindowModel(
+                ViT(dim, depth, heads, patch, channels, attention),
+                0,
+                0,
+                0,
+                len(state["decoder.pred.weight"]),
+                attention,
+            )
         width, out = state["decoder.embed.weight"].shape[0], state["decoder.pred.weight"].shape[0]
         decoder_depth, decoder_heads = _blocks(state, "decoder.blocks.", width)
     except (LookupError, ValueError) as error:
@@ -108,6 +136,9 @@ def import_published(path: Path, out: Path) -> Path:
             do="add a row to foundation/models/families.py",
         )
     decoder = model.decoder
+    head: dict[str, int] = {"depth": 0}
+    if isinstance(decoder, Decoder):
+        head = {"width": decoder.embed.out_features, "depth": len(decoder.blocks), "heads": decoder.heads}
     config = from_dict(
         {
             "name": path.stem,
@@ -115,8 +146,9 @@ def import_published(path: Path, out: Path) -> Path:
                 "size": size,
                 "patch": encoder.patch,
                 "channels": encoder.channels,
-                "decoder": {"width": decoder.embed.out_features, "depth": len(decoder.blocks), "heads": decoder.heads},
+                "decoder": head,
             },
+            "objective": {"name": "lomar" if isinstance(decoder, LinearHead) else "sar-jepa"},
         }
     )
     facts = {"position": 0, "config": to_dict(config), "imported_from": path.name}

@@ -17,13 +17,13 @@ from torch.nn import functional as F
 
 from foundation.errors import DataError, ExplainedError
 from foundation.evaluation.attention import attention_distances
-from foundation.interchange import UNUSED, from_published, model_of, rename
-from foundation.models.heads import MaskedWindowModel
+from foundation.interchange import UNUSED, by_channel, from_published, is_linear, model_of, rename
+from foundation.models.heads import Decoder, MaskedWindowModel
 from foundation.objectives.half_windows import log_ratios
 from foundation.objectives.histograms import HOG, SARHOG
 from foundation.objectives.masks import Masks
 from foundation.objectives.reconstruction import gather_masked
-from foundation.objectives.targets import GaussianRatio, GradientRatio, patchify
+from foundation.objectives.targets import FixedTarget, GaussianRatio, GradientRatio, NormalisedPixels, patchify
 from foundation.training.optim import learning_rate
 from kernels.gradient_ratio import gradient_ratio
 from kernels.rpe_attention.buckets import num_buckets, product_buckets
@@ -35,7 +35,6 @@ EDGES = 1e-3
 """Share of the entries of histograms whose angle may lie on the edge of a bin."""
 NOT_COVERED = {
     "mae_pretrain_step.npz": "MAE",
-    "lomar_pretrain_step.npz": "LoMaR",
     "ijepa_pretrain_step.npz": "I-JEPA",
 }
 
@@ -162,30 +161,63 @@ def _loaded_model(arrays: Arrays, backend: str) -> MaskedWindowModel:
     state = from_published({n.removeprefix(prefix): _tensor(a) for n, a in arrays.items() if n.startswith(prefix)})
     model = model_of(state, backend)
     config = json.loads(str(arrays["config"]))
-    found = (model.encoder.heads, model.decoder.heads)
-    if found != (config["heads"], config["dheads"]):
-        raise DataError(f"tables say {found} heads, the file's configuration {config['heads']}, {config['dheads']}")
+    found = [model.encoder.heads]
+    wanted = [config["heads" if "heads" in config else "num_heads"]]
+    if isinstance(model.decoder, Decoder):
+        found, wanted = [*found, model.decoder.heads], [*wanted, config["dheads"]]
+    if found != wanted:
+        listed = ", ".join(map(str, wanted))
+        raise DataError(f"tables say {tuple(found)} heads, the file's configuration {listed}")
     model.load_state_dict(state)
     return model
 
 
-def _step(arrays: Arrays, _: Path, attention: Sequence[str]) -> Iterator[tuple[str, float, float, str]]:
-    images = _images(arrays)
-    n = images.shape[0]
-    # Row r of the file belongs to image r mod N: window-major. Ours is [image, window, ...].
+def _windows(arrays: Arrays) -> tuple[Masks, Tensor]:
+    """Masks [N, windows, ...] and predictions [N, windows, n, out] of a file.
+
+    Row r of the file belongs to image r mod N: window-major. Ours is [image, window, ...].
+    """
+    n = arrays["images"].shape[0]
     ids = _tensor(arrays["patch_ids"].astype(np.int64)).unflatten(0, (-1, n)).transpose(0, 1).contiguous()
     mask = _tensor(arrays["mask"]).unflatten(0, (-1, n)).transpose(0, 1)
     hidden = mask.nonzero()[:, 2].view(*mask.shape[:2], -1)
-    pred = _tensor(arrays["pred"]).unflatten(0, (-1, n)).transpose(0, 1)
+    return Masks(ids, hidden), _tensor(arrays["pred"]).unflatten(0, (-1, n)).transpose(0, 1)
+
+
+def _step(arrays: Arrays, _: Path, attention: Sequence[str]) -> Iterator[tuple[str, float, float, str]]:
+    masks, pred = _windows(arrays)
+    yield from _one_step(arrays, _images(arrays), masks, pred, GradientRatio(RADII, 0.01, "include"), attention)
+
+
+def _lomar(arrays: Arrays, _: Path, attention: Sequence[str]) -> Iterator[tuple[str, float, float, str]]:
+    masks, pred = _windows(arrays)
+    yield from _pixel_step(arrays, masks, pred, attention)
+
+
+def _pixel_step(
+    arrays: Arrays, masks: Masks, pred: Tensor, attention: Sequence[str]
+) -> Iterator[tuple[str, float, float, str]]:
+    """A step whose target is normalised pixels; images have one channel and are repeated to the file's."""
+    _, channels, patch, _ = arrays["state/patch_embed.proj.weight"].shape
+    images = _images(arrays).expand(-1, channels, -1, -1)
+    target = NormalisedPixels(patch, channels)
+    yield from _one_step(arrays, images, masks, by_channel(pred, channels, -1), target, attention)
+
+
+def _one_step(
+    arrays: Arrays, images: Tensor, masks: Masks, pred: Tensor, target: FixedTarget, attention: Sequence[str]
+) -> Iterator[tuple[str, float, float, str]]:
+    """Prediction of all slots, loss of the masked ones and gradient norms of the model in the file."""
+    linear = is_linear(name.removeprefix("state/") for name in arrays)
     for backend in attention:
         model = _loaded_model(arrays, backend)
-        everything = model(images, ids, hidden, predict_all=True)
+        everything = model(images, *masks, predict_all=True)
         yield f"prediction, {backend}", _gap(everything, pred.numpy()), 1e-4, ""
-        tokens = patchify(GradientRatio(RADII, 0.01, "include").maps(images), model.encoder.patch)
-        loss = F.mse_loss(model(images, ids, hidden), gather_masked(tokens, Masks(ids, hidden)))
+        tokens = patchify(target.maps(images), model.encoder.patch)
+        loss = F.mse_loss(model(images, *masks), gather_masked(tokens, masks))
         yield f"loss, {backend}", _relative(loss.item(), float(arrays["loss"])), 1e-5, "relative"
         loss.backward()
-        norms = {rename(name): value for name, value in json.loads(str(arrays["grad_norms"])).items()}
+        norms = {rename(name, linear): value for name, value in json.loads(str(arrays["grad_norms"])).items()}
         ours = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
         if set(norms) != set(ours):
             yield f"gradient norms, {backend}", float("inf"), 1e-3, f"names differ: {sorted(set(norms) ^ set(ours))}"
@@ -237,6 +269,7 @@ CHECKS: dict[str, Check] = {
     "target_variants.npz": _variants,
     "rpe_buckets.npz": _buckets,
     "sarjepa_pretrain_step.npz": _step,
+    "lomar_pretrain_step.npz": _lomar,
     "classifier.npz": _classifier,
     "lr_schedule.json": _schedule,
     "vit_base_state_shapes.json": _shapes,

@@ -67,15 +67,13 @@ def tokens(config: Config) -> Tokens:
     return counts
 
 
-def attention_backends(config: Config, device: str) -> tuple[str, str]:
-    """The backends that train encoder and decoder on a type of device: `auto` is what it stands for there."""
+def attention_backends(config: Config, device: str) -> tuple[str, ...]:
+    """The backends that train encoder and decoder, if any, on a type of device: `auto` is what it stands for there."""
     row, model, side = FAMILY[config.model.size], config.model, math.isqrt(tokens(config).length - 1)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    parts = ((row.dim, row.heads), (model.decoder.width, model.decoder.heads))
-    encoder, decoder = (
-        Problem(device, dtype, heads, dim // heads, Layout((side, side)), trains=True) for dim, heads in parts
-    )
-    return choose(model.attention, encoder), choose(model.attention, decoder)
+    parts = [(row.dim, row.heads), (model.decoder.width, model.decoder.heads)][: 2 if model.decoder.depth else 1]
+    problems = (Problem(device, dtype, heads, dim // heads, Layout((side, side)), trains=True) for dim, heads in parts)
+    return tuple(choose(model.attention, problem) for problem in problems)
 
 
 class Rows(NamedTuple):
@@ -124,11 +122,13 @@ def shapes(config: Config) -> Shapes:
     """The parameters of the model that a configuration builds, decoder included."""
     row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
     root = [*linear(model.patch**2 * model.channels, row.dim), *2 * [Rows(1, row.dim)]]  # class and mask token
-    root += [*linear(row.dim, decoder.width), *linear(decoder.width, t.values)]
-    root += [*2 * [Rows(row.dim)], *2 * [Rows(decoder.width)]]  # the two final norms
+    root += 2 * [Rows(row.dim)]  # the final norm
     root += [Rows(t.fusion)] if t.fusion else []
-    blocks = block_shapes(row.dim, row.heads), block_shapes(decoder.width, decoder.heads)
-    return Shapes(*blocks, root, row.depth, decoder.depth)
+    block = block_shapes(row.dim, row.heads)
+    if not decoder.depth:
+        return Shapes(block, [], root + linear(row.dim, t.values), row.depth, 0)
+    root += [*linear(row.dim, decoder.width), *2 * [Rows(decoder.width)], *linear(decoder.width, t.values)]
+    return Shapes(block, block_shapes(decoder.width, decoder.heads), root, row.depth, decoder.depth)
 
 
 class Parameters(NamedTuple):
@@ -153,7 +153,7 @@ class Flops(NamedTuple):
     encoder: int
     decoder: int
     head: int
-    """the projection into the decoder and the prediction of the masked tokens"""
+    """the projection into the decoder, where there is one, and the prediction of the masked tokens"""
 
     @property
     def forward(self) -> int:
@@ -182,10 +182,11 @@ def flops(config: Config) -> Flops:
     (none of them is a matrix product), nor what a backend adds, such as the spread table of `dense` and `sdpa`.
     """
     row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
-    every = t.windows * t.length
+    projection = 2 * t.windows * t.length * row.dim * decoder.width if decoder.depth else 0
+    width = decoder.width if decoder.depth else row.dim
     return Flops(
         embed=2 * t.patches * model.patch**2 * model.channels * row.dim,
         encoder=row.depth * t.windows * block_flops(row.dim, t.length),
         decoder=decoder.depth * t.windows * block_flops(decoder.width, t.length),
-        head=2 * every * row.dim * decoder.width + 2 * t.windows * t.masked * decoder.width * t.values,
+        head=projection + 2 * t.windows * t.masked * width * t.values,
     )

@@ -24,10 +24,27 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         for block in self.blocks:
             x = block(x, grid)
-        x = x[:, 1:]
-        if wanted is not None:
-            x = x.gather(1, wanted[:, :, None].expand(-1, -1, x.shape[-1]))
-        return self.pred(self.norm(x))
+        return self.pred(self.norm(chosen(x, wanted)))
+
+
+class LinearHead(nn.Module):
+    """One linear layer: [B, 1 + n, dim] → predictions [B, m, out] of the chosen tokens."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.pred = nn.Linear(dim, out)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int], wanted: Tensor | None = None) -> Tensor:
+        """As `Decoder`: `wanted` int64 [B, m] are the patch slots to predict, all of them when None."""
+        return self.pred(chosen(tokens, wanted))
+
+
+def chosen(tokens: Tensor, wanted: Tensor | None) -> Tensor:
+    """The tokens of the patch slots `wanted` int64 [B, m], of all when None: [B, 1 + n, dim] → [B, m, dim]."""
+    patches = tokens[:, 1:]
+    if wanted is None:
+        return patches
+    return patches.gather(1, wanted[:, :, None].expand(-1, -1, patches.shape[-1]))
 
 
 class MaskedWindowModel(nn.Module):
@@ -35,14 +52,16 @@ class MaskedWindowModel(nn.Module):
 
     `forward(images [B, C, H, W], patch_ids [B, W, n], masked [B, W, m])` → [B, W, m, out]. `patch_ids` are the raster
     ids of the patches of each square window, `masked` the slots among the n that are hidden; both int64. Where nothing
-    is hidden (m = 0) all n slots are predicted.
+    is hidden (m = 0) all n slots are predicted. A decoder of `depth` 0 is a linear layer, LoMaR's head.
     """
 
     def __init__(self, encoder: ViT, width: int, depth: int, heads: int, out: int, attention: str = "auto") -> None:
         super().__init__()
         self.encoder = encoder
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.dim))
-        self.decoder = Decoder(encoder.dim, width, depth, heads, out, attention)
+        self.decoder: Decoder | LinearHead = LinearHead(encoder.dim, out)
+        if depth:
+            self.decoder = Decoder(encoder.dim, width, depth, heads, out, attention)
 
     def forward(self, images: Tensor, patch_ids: Tensor, masked: Tensor, predict_all: bool = False) -> Tensor:
         """Predictions of the masked slots in the order of `masked`, or of all n slots with `predict_all`."""

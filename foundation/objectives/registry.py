@@ -37,6 +37,11 @@ def pixels(config: Config) -> Objective:
     return MaskedReconstruction(config, target)
 
 
+def lomar(config: Config) -> Objective:
+    """Pixels of patches of mean 0 and variance 1."""
+    return MaskedReconstruction(config, NormalisedPixels(config.model.patch, config.model.channels))
+
+
 def low_pass(config: Config) -> Objective:
     """Low-pass-filtered pixels."""
     return MaskedReconstruction(config, LowPass(config.objective.cutoff, config.model.channels))
@@ -85,6 +90,7 @@ def ratio(target: Callable[[tuple[int, ...], float, str, int], FixedTarget], con
 
 
 OBJECTIVES = {
+    "lomar": Row(lomar, "normalised pixels of masked local windows (LoMaR, arXiv 2206.00790)"),
     "lomar-sar": Row(pixels, "pixels of masked local windows (LoMaR-SAR of arXiv 2311.15153)"),
     "low-pass": Row(low_pass, "low-pass-filtered pixels of masked local windows (arXiv 2311.15153, 2303.02416)"),
     "hog": Row(hog, "histograms of oriented gradients of masked local windows (target of arXiv 2112.09133)"),

@@ -141,7 +141,8 @@ def activations(config: Config, micro_batch: int, device: str = "cuda", autocast
     none: every block keeps `block_bytes`. full: every block keeps its input; in the backward pass one block at a time
     is computed again and then keeps all. selective: every block keeps `selective_bytes`, and one is computed again.
     The rest: the cast image, its patches, the mask, the inputs of the last norms, of the projection into the decoder
-    and of the prediction, and the fp32 error. With torch.compile it is less; that is not counted on.
+    (of a linear head: of the choice of tokens) and of the prediction, and the fp32 error. With torch.compile it is
+    less; that is not counted on.
     """
     mode = config.train.activation_checkpointing
     row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
@@ -149,7 +150,8 @@ def activations(config: Config, micro_batch: int, device: str = "cuda", autocast
     sequences = micro_batch * t.windows
     encoder = Shape(row.dim, row.heads, t.length, sequences)
     narrow = Shape(decoder.width, decoder.heads, t.length, sequences)
-    parts = ((encoder, row.depth, backends[0]), (narrow, decoder.depth, backends[1]))
+    stacks = ((encoder, row.depth), (narrow, decoder.depth))
+    parts = [(s, depth, backend) for (s, depth), backend in zip(stacks, backends, strict=False)]
     full = [block_bytes(s, w, backend, device) for s, _, backend in parts]
     kept = {
         "none": full,
@@ -160,8 +162,11 @@ def activations(config: Config, micro_batch: int, device: str = "cuda", autocast
     masked = sequences * t.masked
     e, picture = w.element, config.data.image_size**2 * model.channels
     rest = micro_batch * (t.patches * row.dim + (picture if e < 4 else 0)) * e + sequences * (t.length - 1)
-    rest += encoder.values * (w.norm + e) + 8 * sequences * t.length  # final norm, projection into the decoder
-    rest += narrow.values * e + masked * (decoder.width * (w.norm + e) + 8)  # gather, norm, prediction
+    rest += encoder.values * (w.norm + e) + 8 * sequences * t.length  # final norm, what takes its result
+    if decoder.depth:
+        rest += narrow.values * e + masked * (decoder.width * (w.norm + e) + 8)  # gather, norm, prediction
+    else:
+        rest += masked * row.dim * e  # prediction
     rest += 4 * masked * t.values  # the error
     whole = [position_bytes(s, w, backend, device) for s, _, backend in parts]
     lasting = {"none": whole, "selective": [position_bytes(s, w, b, device, True) for s, _, b in parts]}

@@ -36,15 +36,18 @@ FORMS: dict[str, dict[str, Any]] = {
     "equal": {**V2, "fusion": "equal"},
     "learned": {**V2, "fusion": "learned"},
 }
+OWN_RECIPE = {"lomar"}
+"""Rows whose head, batch and schedule are those of their own paper."""
 EACH = pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
 
 
 def config(form: dict[str, Any], channels: int = 1, **rest: Any) -> Config:
-    """A 4x4 grid of 16-pixel patches, windows of 3x3."""
+    """A 4x4 grid of 16-pixel patches, windows of 3x3; LoMaR without a decoder."""
+    decoder = {"width": 32, "depth": 0 if form["name"] == "lomar" else 1, "heads": 2}
     return from_dict(
         {
             "data": {"image_size": 64},
-            "model": {"size": "nano", "channels": channels, "decoder": {"width": 32, "depth": 1, "heads": 2}},
+            "model": {"size": "nano", "channels": channels, "decoder": decoder},
             "objective": {"windows": 2, "window": 3, "radii": (3, 5), **form},
             **rest,
         }
@@ -75,17 +78,28 @@ def test_every_row_of_the_registry_has_a_file_of_its_name_that_loads_and_builds(
         assert parameters(run).total == sum(p.numel() for p in model.parameters())
 
 
-def test_the_compared_files_differ_in_nothing_but_their_objective() -> None:
+def test_the_compared_files_differ_in_nothing_but_their_objective_or_name_a_recipe_of_their_own() -> None:
     first = flatten(load(FILES / "sar-jepa.yaml"))
     for path in FILES.glob("*.yaml"):
         other = flatten(load(path))
-        changed = {key for key in first if first[key] != other[key]} - {"name"}
-        assert all(key.startswith("objective.") for key in changed), path.stem
+        changed = {key for key in first if first[key] != other[key] and not key.startswith("objective.")} - {"name"}
+        assert bool(changed) == (path.stem in OWN_RECIPE), path.stem
+        assert all(key.startswith(("model.decoder.", "optim.", "train.", "data.lanes")) for key in changed), path.stem
+
+
+@pytest.mark.parametrize(("name", "batch", "lr", "warmup", "epochs"), [("lomar", 4096, 1.5e-4, 40, 400)])
+def test_recipes_are_the_published_ones_in_samples_of_94776_images(
+    name: str, batch: int, lr: float, warmup: int, epochs: int
+) -> None:
+    run = load(FILES / f"{name}.yaml")
+    assert (run.train.global_batch, run.optim.lr, run.optim.reference_batch) == (batch, lr, 256)
+    assert (run.optim.warmup_samples, run.train.samples) == (94_776 * warmup, 94_776 * epochs)
 
 
 @pytest.mark.parametrize(
     ("name", "masked", "values"),
     [
+        ("lomar", (4, 39), 256),
         ("lomar-sar", (4, 39), 256),
         ("low-pass", (4, 39), 256),
         ("hog", (4, 39), 36),

@@ -22,7 +22,9 @@ from kernels.rpe_attention.buckets import num_buckets, product_buckets
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HISTOGRAMS, VARIANTS = "hog_targets.npz", "target_variants.npz"
+LOMAR = "lomar_pretrain_step.npz"
 STEP, CLASSIFIER, TARGETS = "sarjepa_pretrain_step.npz", "classifier.npz", "gradient_targets.npz"
+STEPS = (STEP, LOMAR)
 Command = Callable[..., Any]
 Values = dict[str, Any]
 
@@ -88,7 +90,8 @@ def folder(tmp_path: Path) -> Path:
     """All reference files: those of the step from a small model, so that comparing takes no time."""
     for path in GOLDEN.glob("*.json"):
         shutil.copy(path, tmp_path)
-    shutil.copy(GOLDEN / "rpe_buckets.npz", tmp_path)
+    for name in ("rpe_buckets.npz", *STEPS[1:]):
+        shutil.copy(GOLDEN / name, tmp_path)
     images = np.random.default_rng(0).integers(0, 256, (3, 1, 30, 44), dtype=np.uint8)
     maps = reference(torch.from_numpy(images).float() / 255, (5, 9, 13, 17), 0.01, "include").numpy()
     np.savez(tmp_path / TARGETS, images=images, targets=maps)
@@ -123,8 +126,9 @@ def test_one_entry_in_a_thousand_of_a_histogram_may_fall_on_the_other_side_of_an
 def test_every_backend_is_compared_with_every_value() -> None:
     items = {(line.file, line.item) for line in compare(GOLDEN)}
     for backend in ATTENTION:
-        named = {file: {i for f, i in items if f == file and i.endswith(f", {backend}")} for file in (STEP, CLASSIFIER)}
-        assert len(named[STEP]) == 3, named
+        files = (*STEPS, CLASSIFIER)
+        named = {file: {i for f, i in items if f == file and i.endswith(f", {backend}")} for file in files}
+        assert all(len(named[step]) == 3 for step in STEPS), named
         assert len(named[CLASSIFIER]) == 2, named
 
 
@@ -169,6 +173,10 @@ def test_the_command_says_ok_line_by_line_and_exits_with_zero(folder: Path, comm
         (STEP, add("state/mask_token", 0.1)),
         (STEP, scale_norm(1.01)),
         (STEP, scale_norm(np.nan)),
+        (LOMAR, add("pred", 3e-4)),
+        (LOMAR, add("loss", 1e-3)),
+        (LOMAR, add("state/encoder_pred.bias", 0.1)),
+        (LOMAR, scale_norm(1.01)),
         (CLASSIFIER, add("logits", 3e-4)),
         (CLASSIFIER, add("cls_features", np.nan)),
         (CLASSIFIER, add("mean_attention_distance", 0.1)),
@@ -231,7 +239,7 @@ def test_files_of_other_objectives_and_unknown_files_are_listed_as_not_covered(
     outcome = command("parity", tmp_path)
     assert outcome.code == 0
     assert "not covered yet surprise.json: unknown file" in outcome.out
-    assert "not covered yet mae_pretrain_step.npz: MAE" in outcome.out
+    assert "not covered yet ijepa_pretrain_step.npz: I-JEPA" in outcome.out
 
 
 def test_a_missing_companion_file_is_a_failure_that_names_it(tmp_path: Path) -> None:

@@ -94,6 +94,14 @@ def test_the_activation_formula_is_what_a_run_keeps_under_other_objectives(objec
     assert kept_for_backward(run, 4) == pytest.approx(expected.blocks + expected.rest, rel=0.1)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_the_activation_formula_is_what_a_run_keeps_with_a_linear_head(checkpointing: str) -> None:
+    train = {"activation_checkpointing": checkpointing}
+    run = little(model={"attention": "dense", "decoder": {"depth": 0}}, objective={"name": "lomar"}, train=train)
+    expected = activations(run, 4, "cpu")
+    assert kept_for_backward(run, 4) == pytest.approx(expected.blocks + expected.rest, rel=0.1)
+
+
 @pytest.mark.parametrize("backend", ["reference", "dense", "sdpa"])
 def test_the_activation_formula_holds_in_bf16_beside_the_cast_weights(backend: str) -> None:
     run = little(model={"attention": backend}, train={"precision": "bf16"})
