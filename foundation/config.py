@@ -139,6 +139,9 @@ class ModelConfig(Section):
     patch: int = Field(default=16, ge=1, description="side of a patch, pixels; must divide data.image_size")
     channels: int = Field(default=1, ge=1, description="channels of the image")
     attention: str = Field(default="auto", description="backend of the attention; auto: the fastest for the device")
+    positions: Literal["relative", "sincos"] = Field(
+        default="relative", description="tables in every block (iRPE), or fixed sines and cosines, as MAE needs"
+    )
     decoder: DecoderConfig = Field(default=DecoderConfig(), description="decoder of masked tokens")
 
     @field_validator("size")

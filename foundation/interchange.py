@@ -1,8 +1,9 @@
-"""Encoders in and out: checkpoints of this trainer and published SAR-JEPA checkpoints, by their tensors' names."""
+"""Encoders in and out: checkpoints of this trainer and published ones (SAR-JEPA, LoMaR, MAE), by names of tensors."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,19 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from foundation.config import Config, from_dict, to_dict
 from foundation.errors import CheckpointError
 from foundation.models.families import FAMILY, Row
-from foundation.models.heads import Decoder, LinearHead, MaskedWindowModel
+from foundation.models.heads import Decoder, LinearHead, MaskedImageModel, MaskedWindowModel
 from foundation.models.initialise import initialise
+from foundation.models.position import sincos
 from foundation.models.vit import ViT
 from foundation.objectives.reconstruction import build_encoder
 from foundation.training import checkpoint
 
-# (pattern of a published name, ours). The published sin-cos table `pos_embed` is never added, so it is not kept.
+# (pattern of a published name, ours). No sin-cos table is kept: SAR-JEPA and LoMaR never add theirs, MAE's is fixed.
 _PUBLISHED = (
-    (r"^encoder_pred\.", "decoder.embed."),
+    (r"^(encoder_pred|decoder_embed)\.", "decoder.embed."),
     (r"^decoder_blocks\.", "decoder.blocks."),
     (r"^decoder_norm\.", "decoder.norm."),
     (r"^decoder_pred\.", "decoder.pred."),
@@ -31,9 +34,14 @@ _PUBLISHED = (
     (r"\.attn\.rpe_k\.lookup_table_weight$", ".attn.rpe.table"),
     (r"\.mlp\.(fc[12])\.", r".\1."),
 )
+_CHANNELS = "encoder.patch_embed.proj.weight"
 _PIXELS = ("decoder.pred.weight", "decoder.pred.bias")
-UNUSED = frozenset({"pos_embed"})
+FIXED = ("pos_embed", "decoder_pos_embed")
+UNUSED = frozenset(FIXED)
 _DO = "save it again with torch.save({'model': state_dict}, path)"
+
+
+Model = MaskedWindowModel | MaskedImageModel
 
 
 def rename(published: str, linear: bool = False) -> str:
@@ -49,9 +57,10 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A published state dict under our names, without the tensors that the published code never uses."""
     linear = is_linear(state)
     ours = {rename(name, linear): tensor for name, tensor in state.items() if name not in UNUSED}
-    if linear and "encoder.patch_embed.proj.weight" in ours:
-        channels = ours["encoder.patch_embed.proj.weight"].shape[1]
-        ours |= {name: by_channel(tensor, channels, 0) for name, tensor in ours.items() if name in _PIXELS}
+    channels = ours[_CHANNELS].shape[1] if _CHANNELS in ours and ours[_CHANNELS].ndim == 4 else 1
+    if linear or not is_relative(ours):  # LoMaR and MAE predict pixels
+        divisible = {n: ours[n] for n in _PIXELS if n in ours and len(ours[n]) % channels == 0}
+        ours |= {name: by_channel(tensor, channels, 0) for name, tensor in divisible.items()}
     return ours
 
 
@@ -66,6 +75,11 @@ def is_linear(published: Iterable[str]) -> bool:
     return not any(name.startswith("decoder_") for name in published)
 
 
+def is_relative(ours: Iterable[str]) -> bool:
+    """Whether our names are those of a model with tables of relative positions: all but MAE's."""
+    return any(name.endswith(".attn.rpe.table") for name in ours)
+
+
 def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
     return len({name.split(".")[prefix.count(".")] for name in state if name.startswith(prefix)})
 
@@ -75,30 +89,51 @@ def _blocks(state: Mapping[str, Tensor], prefix: str, dim: int) -> tuple[int, in
     return _depth(state, prefix), dim // state[f"{prefix}0.attn.rpe.table"].shape[1]
 
 
-def model_of(state: Mapping[str, Tensor], attention: str = "auto", where: str = "") -> MaskedWindowModel:
-    """An empty model with the widths, depths and heads that the tensors of `state` (our names) show."""
+def model_of(
+    state: Mapping[str, Tensor], attention: str = "auto", where: str = "", heads: tuple[int, int] | None = None
+) -> Model:
+    """An empty model with the widths, depths and heads that the tensors of `state` (our names) show.
+
+    Heads show in position tables. A model without them, MAE's, has the `heads` of encoder and decoder that are given,
+    or those of the size of its width and depth and the published decoder's 16.
+    """
     try:
-        dim, channels, patch, _ = state["encoder.patch_embed.proj.weight"].shape
-        depth, heads = _blocks(state, "encoder.blocks.", dim)
+        dim, channels, patch, _ = state[_CHANNELS].shape
+        if not is_relative(state):
+            depth, decoder_depth = (_depth(state, f"{part}.blocks.") for part in ("encoder", "decoder"))
+            width, out = len(state["decoder.embed.weight"]), len(state["decoder.pred.weight"])
+            if heads is None:
+                heads = next(row.heads for row in FAMILY.values() if (row.dim, row.depth) == (dim, depth)), 16
+            fixed = ViT(dim, depth, heads[0], patch, channels, attention, "sincos")
+            return MaskedImageModel(fixed, width, decoder_depth, heads[1], out, attention)
+        depth, encoder_heads = _blocks(state, "encoder.blocks.", dim)
+        encoder = ViT(dim, depth, encoder_heads, patch, channels, attention)
         if all(name in _PIXELS for name in state if name.startswith("decoder.")):
-            return MaskedWindowModel(
-                ViT(dim, depth, heads, patch, channels, attention),
-                0,
-                0,
-                0,
-                len(state["decoder.pred.weight"]),
-                attention,
-            )
+            return MaskedWindowModel(encoder, 0, 0, 0, len(state["decoder.pred.weight"]), attention)
         width, out = state["decoder.embed.weight"].shape[0], state["decoder.pred.weight"].shape[0]
         decoder_depth, decoder_heads = _blocks(state, "decoder.blocks.", width)
+    except StopIteration:
+        raise CheckpointError(
+            f"no size of the family has width {dim} and {depth} blocks, and no tensor shows the heads",
+            where=where,
+            do="add a row to foundation/models/families.py",
+        ) from None
     except (LookupError, ValueError) as error:
         raise CheckpointError(
-            f"this is not a SAR-JEPA model: {error} is missing or has another shape",
+            f"this is not a SAR-JEPA, LoMaR or MAE model: {error} is missing or has another shape",
             where=where,
-            do="import checkpoints whose tensors carry the published SAR-JEPA names",
+            do="import checkpoints with a decoder or linear head whose tensors carry the published names",
         ) from error
-    encoder = ViT(dim, depth, heads, patch, channels, attention)
     return MaskedWindowModel(encoder, width, decoder_depth, decoder_heads, out, attention)
+
+
+def fixed_gap(table: Tensor) -> float:
+    """Largest difference of a published table of positions [1, 1 + N, dim] from the fixed one, class token zero."""
+    if table.ndim != 3 or table.shape[2] % 4 or (side := math.isqrt(table.shape[1] - 1)) ** 2 != table.shape[1] - 1:
+        return math.inf
+    ours = sincos((side, side), table.shape[2], table.device, torch.float32)
+    gap = (table.float() - F.pad(ours, (0, 0, 1, 0))).abs().max().item()
+    return gap if gap < math.inf else math.inf
 
 
 def read_published(path: Path) -> dict[str, Tensor]:
@@ -119,11 +154,16 @@ def read_published(path: Path) -> dict[str, Tensor]:
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError("no state dict found", where=str(path), do=_DO)
-    return from_published(state)
+    ours = from_published(state)
+    learnt = [] if is_relative(ours) else [n for n in FIXED if n in state and fixed_gap(state[n]) > 1e-4]
+    if learnt:
+        what = f"{learnt[0]} is not the fixed table of sines and cosines that MAE adds"
+        raise CheckpointError(what, where=str(path), do="learnt positions are not supported; import an MAE checkpoint")
+    return ours
 
 
 def import_published(path: Path, out: Path) -> Path:
-    """Turn a published SAR-JEPA `.pth` into a checkpoint that `evaluate` and `report` read. Returns its folder."""
+    """Turn a published `.pth` into a checkpoint that `evaluate` and `report` read. Returns its folder."""
     state = read_published(path)
     model = model_of(state, where=str(path))
     checkpoint.check_tensors(checkpoint.shapes(state), checkpoint.shapes(model.state_dict()), where=str(path))
@@ -139,6 +179,7 @@ def import_published(path: Path, out: Path) -> Path:
     head: dict[str, int] = {"depth": 0}
     if isinstance(decoder, Decoder):
         head = {"width": decoder.embed.out_features, "depth": len(decoder.blocks), "heads": decoder.heads}
+    fixed, linear = isinstance(model, MaskedImageModel), isinstance(decoder, LinearHead)
     config = from_dict(
         {
             "name": path.stem,
@@ -146,9 +187,10 @@ def import_published(path: Path, out: Path) -> Path:
                 "size": size,
                 "patch": encoder.patch,
                 "channels": encoder.channels,
+                "positions": "sincos" if fixed else "relative",
                 "decoder": head,
             },
-            "objective": {"name": "lomar" if isinstance(decoder, LinearHead) else "sar-jepa"},
+            "objective": {"name": "mae" if fixed else "lomar" if linear else "sar-jepa"},
         }
     )
     facts = {"position": 0, "config": to_dict(config), "imported_from": path.name}

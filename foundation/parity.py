@@ -17,8 +17,19 @@ from torch.nn import functional as F
 
 from foundation.errors import DataError, ExplainedError
 from foundation.evaluation.attention import attention_distances
-from foundation.interchange import UNUSED, by_channel, from_published, is_linear, model_of, rename
-from foundation.models.heads import Decoder, MaskedWindowModel
+from foundation.interchange import (
+    FIXED,
+    UNUSED,
+    Model,
+    by_channel,
+    fixed_gap,
+    from_published,
+    is_linear,
+    is_relative,
+    model_of,
+    rename,
+)
+from foundation.models.heads import Decoder
 from foundation.objectives.half_windows import log_ratios
 from foundation.objectives.histograms import HOG, SARHOG
 from foundation.objectives.masks import Masks
@@ -34,7 +45,6 @@ ATTENTION = ("reference", "sdpa", "dense")
 EDGES = 1e-3
 """Share of the entries of histograms whose angle may lie on the edge of a bin."""
 NOT_COVERED = {
-    "mae_pretrain_step.npz": "MAE",
     "ijepa_pretrain_step.npz": "I-JEPA",
 }
 
@@ -155,12 +165,16 @@ def _buckets(arrays: Arrays, _: Path, attention: Sequence[str]) -> Iterator[tupl
     yield "number of buckets", abs(num_buckets() - int(arrays["num_buckets"])), 0.0, "exact"
 
 
-def _loaded_model(arrays: Arrays, backend: str) -> MaskedWindowModel:
+def _loaded_model(arrays: Arrays, backend: str) -> Model:
     """The model that the file's tensors describe; every tensor must find its place."""
     prefix = "state/"
     state = from_published({n.removeprefix(prefix): _tensor(a) for n, a in arrays.items() if n.startswith(prefix)})
-    model = model_of(state, backend)
     config = json.loads(str(arrays["config"]))
+    if not is_relative(state):
+        model = model_of(state, backend, heads=(config["num_heads"], config["decoder_num_heads"]))
+        model.load_state_dict(state)
+        return model
+    model = model_of(state, backend)
     found = [model.encoder.heads]
     wanted = [config["heads" if "heads" in config else "num_heads"]]
     if isinstance(model.decoder, Decoder):
@@ -192,6 +206,15 @@ def _step(arrays: Arrays, _: Path, attention: Sequence[str]) -> Iterator[tuple[s
 def _lomar(arrays: Arrays, _: Path, attention: Sequence[str]) -> Iterator[tuple[str, float, float, str]]:
     masks, pred = _windows(arrays)
     yield from _pixel_step(arrays, masks, pred, attention)
+
+
+def _mae(arrays: Arrays, _: Path, attention: Sequence[str]) -> Iterator[tuple[str, float, float, str]]:
+    for name in FIXED:
+        yield f"fixed positions, {name}", fixed_gap(_tensor(arrays[f"state/{name}"])), 1e-6, ""
+    mask = _tensor(arrays["mask"])[:, None]
+    hidden = mask.nonzero()[:, 2].view(len(mask), 1, -1)
+    masks = Masks(torch.arange(mask.shape[2]).expand(len(mask), 1, -1), hidden)
+    yield from _pixel_step(arrays, masks, _tensor(arrays["pred"])[:, None], attention)
 
 
 def _pixel_step(
@@ -270,6 +293,7 @@ CHECKS: dict[str, Check] = {
     "rpe_buckets.npz": _buckets,
     "sarjepa_pretrain_step.npz": _step,
     "lomar_pretrain_step.npz": _lomar,
+    "mae_pretrain_step.npz": _mae,
     "classifier.npz": _classifier,
     "lr_schedule.json": _schedule,
     "vit_base_state_shapes.json": _shapes,

@@ -43,13 +43,13 @@ FAMILY = {
 
 
 class Tokens(NamedTuple):
-    """What the masked-window model makes of one image."""
+    """What a masked model makes of one image."""
 
     patches: int
     """embedded: the whole grid"""
     windows: int
     length: int
-    """of one window, with its class token; masked tokens are processed like all others"""
+    """of one window, with its class token; masked tokens are processed like all others, if not by the encoder"""
     masked: int
     """predicted, per window: the masked ones, or all where nothing is masked"""
     values: int
@@ -58,6 +58,13 @@ class Tokens(NamedTuple):
     """values of the exact target of one prediction; more than predicted where a fusion is learnt"""
     fusion: int = 0
     """learnt weights of the target's maps"""
+    visible: int | None = None
+    """tokens of a window that pass the encoder, the class token among them; None: all"""
+
+    @property
+    def encoded(self) -> int:
+        """Tokens of a window in the encoder; the decoder has all of `length`."""
+        return self.length if self.visible is None else self.visible
 
 
 def tokens(config: Config) -> Tokens:
@@ -69,10 +76,13 @@ def tokens(config: Config) -> Tokens:
 
 def attention_backends(config: Config, device: str) -> tuple[str, ...]:
     """The backends that train encoder and decoder, if any, on a type of device: `auto` is what it stands for there."""
-    row, model, side = FAMILY[config.model.size], config.model, math.isqrt(tokens(config).length - 1)
+    row, model, t = FAMILY[config.model.size], config.model, tokens(config)
+    side, bias = math.isqrt(t.length - 1), "contextual" if relative(config) else "none"
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    parts = [(row.dim, row.heads), (model.decoder.width, model.decoder.heads)][: 2 if model.decoder.depth else 1]
-    problems = (Problem(device, dtype, heads, dim // heads, Layout((side, side)), trains=True) for dim, heads in parts)
+    window = Layout((side, side))
+    encoder = (row.dim, row.heads, window if t.visible is None else Layout((1, t.visible - 1)))
+    parts = [encoder, (model.decoder.width, model.decoder.heads, window)][: 2 if model.decoder.depth else 1]
+    problems = (Problem(device, dtype, h, dim // h, layout, bias=bias, trains=True) for dim, h, layout in parts)
     return tuple(choose(model.attention, problem) for problem in problems)
 
 
@@ -108,27 +118,34 @@ def linear(inputs: int, outputs: int) -> list[Rows]:
     return [Rows(outputs, inputs), Rows(outputs)]
 
 
-def block_shapes(dim: int, heads: int) -> list[Rows]:
+def relative(config: Config) -> bool:
+    """Whether blocks have a table of relative positions."""
+    return config.model.positions == "relative"
+
+
+def block_shapes(dim: int, heads: int, relative: bool = True) -> list[Rows]:
     """One block: two norms, four projections of attention (three in one), an MLP of ratio 4, the table of all heads.
 
-    12 dim² + 13 dim + dim / heads · buckets parameters.
+    12 dim² + 13 dim + dim / heads · buckets parameters, without `relative` positions no buckets.
     """
-    table = Rows(1, dim // heads * num_buckets())
-    attention = [*linear(dim, 3 * dim), table, *linear(dim, dim)]
+    table = [Rows(1, dim // heads * num_buckets())] if relative else []
+    attention = [*linear(dim, 3 * dim), *table, *linear(dim, dim)]
     return [*4 * [Rows(dim)], *attention, *linear(dim, 4 * dim), *linear(4 * dim, dim)]
 
 
 def shapes(config: Config) -> Shapes:
     """The parameters of the model that a configuration builds, decoder included."""
     row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
-    root = [*linear(model.patch**2 * model.channels, row.dim), *2 * [Rows(1, row.dim)]]  # class and mask token
+    root = [*linear(model.patch**2 * model.channels, row.dim), Rows(1, row.dim)]  # with the class token
+    root += [Rows(1, row.dim if t.visible is None else decoder.width)]  # the mask token, where it enters
     root += 2 * [Rows(row.dim)]  # the final norm
     root += [Rows(t.fusion)] if t.fusion else []
-    block = block_shapes(row.dim, row.heads)
+    block = block_shapes(row.dim, row.heads, relative(config))
     if not decoder.depth:
         return Shapes(block, [], root + linear(row.dim, t.values), row.depth, 0)
     root += [*linear(row.dim, decoder.width), *2 * [Rows(decoder.width)], *linear(decoder.width, t.values)]
-    return Shapes(block, block_shapes(decoder.width, decoder.heads), root, row.depth, decoder.depth)
+    narrow = block_shapes(decoder.width, decoder.heads, relative(config))
+    return Shapes(block, narrow, root, row.depth, decoder.depth)
 
 
 class Parameters(NamedTuple):
@@ -169,24 +186,25 @@ class Flops(NamedTuple):
         return 3 * self.forward
 
 
-def block_flops(dim: int, length: int) -> int:
+def block_flops(dim: int, length: int, relative: bool = True) -> int:
     """One block over one sequence of `length` tokens."""
-    return length * (24 * dim * dim + 4 * length * dim + 2 * num_buckets() * dim)
+    return length * (24 * dim * dim + 4 * length * dim + 2 * num_buckets() * dim * relative)
 
 
 def flops(config: Config) -> Flops:
     """Operations of one image: 2 per multiply-add of every matrix product by the definition, as executed.
 
-    All windows with all their tokens, masked ones included, pass encoder and decoder; attention counts q·k, p·v and
-    the product of the queries with the position table. Norms, softmax, GELU, residuals and the target do not count
-    (none of them is a matrix product), nor what a backend adds, such as the spread table of `dense` and `sdpa`.
+    All windows with all their tokens pass the decoder, and the encoder if it sees the masked ones; attention counts
+    q·k, p·v and the product of the queries with the position table. Norms, softmax, GELU, residuals and the target do
+    not count (none of them is a matrix product), nor what a backend adds, such as the spread table of `dense` and
+    `sdpa`.
     """
     row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
-    projection = 2 * t.windows * t.length * row.dim * decoder.width if decoder.depth else 0
+    projection = 2 * t.windows * t.encoded * row.dim * decoder.width if decoder.depth else 0
     width = decoder.width if decoder.depth else row.dim
     return Flops(
         embed=2 * t.patches * model.patch**2 * model.channels * row.dim,
-        encoder=row.depth * t.windows * block_flops(row.dim, t.length),
-        decoder=decoder.depth * t.windows * block_flops(decoder.width, t.length),
+        encoder=row.depth * t.windows * block_flops(row.dim, t.encoded, relative(config)),
+        decoder=decoder.depth * t.windows * block_flops(decoder.width, t.length, relative(config)),
         head=projection + 2 * t.windows * t.masked * width * t.values,
     )

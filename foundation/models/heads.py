@@ -5,23 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from foundation.models.position import sincos
 from foundation.models.vit import Block, ViT
 
 
 class Decoder(nn.Module):
     """Narrow transformer and a linear layer: [B, 1 + n, dim] → predictions [B, m, out] of the chosen tokens."""
 
-    def __init__(self, dim: int, width: int, depth: int, heads: int, out: int, attention: str = "auto") -> None:
+    def __init__(
+        self, dim: int, width: int, depth: int, heads: int, out: int, attention: str = "auto", relative: bool = True
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.embed = nn.Linear(dim, width)
-        self.blocks = nn.ModuleList(Block(width, heads, attention) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, attention, relative) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, out)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int], wanted: Tensor | None = None) -> Tensor:
         """`wanted` int64 [B, m] are the patch slots to predict (all of them when None); the class token has none."""
-        x = self.embed(tokens)
+        return self.decode(self.embed(tokens), grid, wanted)
+
+    def decode(self, x: Tensor, grid: tuple[int, int], wanted: Tensor | None = None) -> Tensor:
+        """`forward` behind the projection: [B, 1 + n, width] → [B, m, out]."""
         for block in self.blocks:
             x = block(x, grid)
         return self.pred(self.norm(chosen(x, wanted)))
@@ -94,3 +100,34 @@ class FusedWindowModel(MaskedWindowModel):
     ) -> tuple[Tensor, Tensor]:
         """Predictions as in `MaskedWindowModel`, and the softmax of the weights."""
         return super().forward(images, patch_ids, masked, predict_all), self.fusion.float().softmax(0)
+
+
+class MaskedImageModel(nn.Module):
+    """MAE's frame: the encoder sees visible patches alone, mask tokens stand for the others in the decoder.
+
+    `forward(images [B, C, H, W], patch_ids [B, 1, N], masked [B, 1, m])` → [B, 1, m, out], arguments as those of
+    `MaskedWindowModel` for one window that is the image: `patch_ids` int64 are all N patches in raster order, `masked`
+    int64 those that are hidden. Positions are fixed, in the encoder and in the decoder.
+    """
+
+    def __init__(self, encoder: ViT, width: int, depth: int, heads: int, out: int, attention: str = "auto") -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder = Decoder(encoder.dim, width, depth, heads, out, attention, relative=False)
+
+    def forward(self, images: Tensor, patch_ids: Tensor, masked: Tensor, predict_all: bool = False) -> Tensor:
+        """Predictions of the masked patches in the order of `masked`, or of all N with `predict_all`."""
+        (batch, _, n), hidden = patch_ids.shape, masked[:, 0]
+        mask = torch.zeros(batch, n, dtype=torch.int8, device=images.device).scatter(1, hidden, 1)
+        # How many are visible is known from the shapes: nothing asks the device.
+        visible = mask.argsort(dim=1, stable=True)[:, : n - hidden.shape[1], None]
+        tokens = self.encoder.embed(images)
+        tokens = tokens.gather(1, visible.expand(-1, -1, tokens.shape[-1]))
+        seen = self.decoder.embed(self.encoder.encode(tokens, (1, tokens.shape[1])))
+        width, grid = seen.shape[-1], self.encoder.grid(images)
+        patches = self.mask_token.to(seen.dtype).expand(batch, n, -1)
+        patches = patches.scatter(1, visible.expand(-1, -1, width), seen[:, 1:])
+        patches = patches + sincos(grid, width, seen.device, seen.dtype)
+        x = torch.cat([seen[:, :1], patches], dim=1)
+        return self.decoder.decode(x, grid, None if predict_all else hidden)[:, None]

@@ -1,11 +1,11 @@
-"""Positions: the learnt table of iRPE."""
+"""Positions: the learnt table of iRPE, and fixed sines and cosines."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from kernels.rpe_attention.buckets import num_buckets
+from kernels.rpe_attention.buckets import constant, num_buckets
 
 
 class RelativePositionTable(nn.Module):
@@ -22,3 +22,16 @@ class RelativePositionTable(nn.Module):
     def forward(self) -> Tensor:
         """The table; a call, so that engines which gather parameters on a module's forward see it."""
         return self.table
+
+
+@constant
+def sincos(grid: tuple[int, int], dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Fixed positions of patches in raster order, [1, h·w, dim]; `dim` is a multiple of 4.
+
+    As in MAE (arXiv 2111.06377): sines, then cosines of the column times 10000^(-4i / dim), then those of the row.
+    Coordinates count patches, so that a patch of a larger grid has the positions of the smaller one and new ones.
+    """
+    rows, columns = torch.arange(grid[0]).repeat_interleave(grid[1]), torch.arange(grid[1]).repeat(grid[0])
+    frequencies = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    angles = [at[:, None] * frequencies for at in (columns, rows)]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)[None].to(device, dtype)

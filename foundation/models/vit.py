@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foundation.models.attention import Attention
+from foundation.models.position import sincos
 
 
 class Block(nn.Module):
@@ -16,10 +17,10 @@ class Block(nn.Module):
 
     shard_unit = True  # recomputed, compiled and sharded as one
 
-    def __init__(self, dim: int, heads: int, backend: str = "auto") -> None:
+    def __init__(self, dim: int, heads: int, backend: str = "auto", relative: bool = True) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads, backend)
+        self.attn = Attention(dim, heads, backend, relative)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
@@ -43,21 +44,29 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer with a class token and iRPE; no absolute positions.
+    """Vision transformer with a class token. `positions`: relative (iRPE in every block) or sincos (fixed, added once).
 
     Images are fp32 [B, C, H, W] in [0, 1] with sides divisible by `patch`.
     """
 
     def __init__(
-        self, dim: int, depth: int, heads: int, patch: int = 16, channels: int = 1, attention: str = "auto"
+        self,
+        dim: int,
+        depth: int,
+        heads: int,
+        patch: int = 16,
+        channels: int = 1,
+        attention: str = "auto",
+        positions: str = "relative",
     ) -> None:
         super().__init__()
         if dim % heads:
             raise ValueError(f"width {dim} is not divisible by {heads} heads")
         self.dim, self.depth, self.heads, self.patch, self.channels = dim, depth, heads, patch, channels
+        self.relative = positions == "relative"
         self.patch_embed = PatchEmbed(patch, channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads, attention) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, attention, self.relative) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
@@ -66,6 +75,13 @@ class ViT(nn.Module):
         if height % self.patch or width % self.patch:
             raise ValueError(f"image of {height}x{width} px is not divisible into {self.patch}-px patches")
         return height // self.patch, width // self.patch
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Patch tokens [B, N, dim] of whole images, with their fixed positions where there are any."""
+        tokens = self.patch_embed(images)
+        if self.relative:
+            return tokens
+        return tokens + sincos(self.grid(images), self.dim, tokens.device, tokens.dtype)
 
     def encode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patch tokens [B, h·w, dim] → [B, 1 + h·w, dim] after all blocks and the final norm, class token first."""
@@ -76,7 +92,7 @@ class ViT(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """[B, C, H, W] → [B, 1 + N, dim], class token first."""
-        return self.encode(self.patch_embed(images), self.grid(images))
+        return self.encode(self.embed(images), self.grid(images))
 
     def forward(self, images: Tensor) -> Tensor:
         """Class-token features of full images: [B, C, H, W] → [B, dim]."""
@@ -86,7 +102,7 @@ class ViT(nn.Module):
     def attention_maps(self, images: Tensor) -> Iterator[Tensor]:
         """Attention of each block in turn: [B, heads, 1 + N, 1 + N]."""
         grid = self.grid(images)
-        tokens = self.patch_embed(images)
+        tokens = self.embed(images)
         x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
         for block in self.blocks:
             assert isinstance(block, Block)

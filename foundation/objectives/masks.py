@@ -56,6 +56,19 @@ def local_windows(
     return Masks(window_patch_ids(tops, lefts, window, grid[1]), masked)
 
 
+def random_patches(seed: int, positions: Tensor, grid: tuple[int, int], mask_ratio: float) -> Masks:
+    """One window that is the whole grid, of which `visible_patches` stay and random others are hidden."""
+    every, tokens = whole_image(positions, grid), grid[0] * grid[1]
+    order = permutation(seed, "mask-image", positions, tokens)
+    masked = order[:, visible_patches(tokens, mask_ratio) :].sort(-1).values
+    return Masks(every.patch_ids, masked[:, None])
+
+
+def visible_patches(tokens: int, mask_ratio: float) -> int:
+    """How many patches of an image MAE leaves visible: the share rounded down."""
+    return int(tokens * (1 - mask_ratio))
+
+
 def whole_image(positions: Tensor, grid: tuple[int, int]) -> Masks:
     """Nothing is hidden: one window that is the whole grid, for each of the samples at `positions` int64 [B]."""
     every = torch.arange(grid[0] * grid[1], device=positions.device).repeat(positions.shape[0], 1, 1)

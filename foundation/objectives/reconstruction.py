@@ -1,4 +1,7 @@
-"""Masked prediction of a fixed target in local windows (SAR-JEPA, arXiv 2311.15153), and what differs by one class."""
+"""Masked prediction of a fixed target in local windows (SAR-JEPA, arXiv 2311.15153), and what differs by one class.
+
+A class is a frame: where masks lie, what the encoder sees of them, what is predicted. Targets are given to it.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from torch import Tensor
 from foundation.config import Config
 from foundation.config_text import Problem
 from foundation.models.families import FAMILY, Tokens
-from foundation.models.heads import FusedWindowModel, MaskedWindowModel
+from foundation.models.heads import FusedWindowModel, MaskedImageModel, MaskedWindowModel
 from foundation.models.vit import ViT
-from foundation.objectives.masks import Masks, local_windows, whole_image
+from foundation.objectives.masks import Masks, local_windows, random_patches, visible_patches, whole_image
 from foundation.objectives.targets import FixedTarget, Target, patchify
 
 
@@ -27,7 +30,7 @@ class Inputs(NamedTuple):
 def build_encoder(config: Config) -> ViT:
     """The encoder of a configuration; `models.initialise` or a checkpoint gives it its weights."""
     size, model = FAMILY[config.model.size], config.model
-    return ViT(size.dim, size.depth, size.heads, model.patch, model.channels, model.attention)
+    return ViT(size.dim, size.depth, size.heads, model.patch, model.channels, model.attention, model.positions)
 
 
 class MaskedReconstruction:
@@ -36,6 +39,9 @@ class MaskedReconstruction:
     `fixed` says how the predicted maps are laid out; `target`, which computes them, may be replaced by another way to
     the same maps.
     """
+
+    positions = "relative"
+    """What the frame builds on: windows know nothing of their place in the image."""
 
     def __init__(self, config: Config, target: FixedTarget) -> None:
         self.config, self.fixed = config, target
@@ -51,6 +57,10 @@ class MaskedReconstruction:
 
     def conflicts(self) -> Iterator[Problem]:
         """What keys of the configuration cannot be together under this objective."""
+        model = self.config.model
+        if model.positions != self.positions:
+            text = f"{self.positions}, which objective.name = {self.config.objective.name!r} builds on"
+            yield Problem("model.positions", model.positions, text, others=("objective.name",))
         yield from self.fixed.conflicts(self.config)
         yield from self.mask_conflicts()
 
@@ -81,7 +91,7 @@ class MaskedReconstruction:
         """Numbers predicted per patch."""
         return len(self.names) * (self.config.model.patch // self.fixed.cell) ** 2
 
-    def build_model(self) -> MaskedWindowModel:
+    def build_model(self) -> MaskedWindowModel | MaskedImageModel:
         """Encoder and decoder; the output width follows from the target."""
         model, decoder = self.config.model, self.config.model.decoder
         encoder = build_encoder(self.config)
@@ -132,6 +142,46 @@ class UnmaskedReconstruction(MaskedReconstruction):
     def masks(self, positions: Tensor, grid: tuple[int, int]) -> Masks:
         """The same for all samples."""
         return whole_image(positions, grid)
+
+
+class VisibleReconstruction(MaskedReconstruction):
+    """Predict the target of random patches of which the encoder sees nothing: MAE (arXiv 2111.06377)."""
+
+    positions = "sincos"
+
+    @property
+    def visible(self) -> int:
+        """Patches that the encoder sees."""
+        return visible_patches(self.patches, self.config.objective.mask_ratio)
+
+    def tokens(self) -> Tokens:
+        """One window that is the image, its visible part in the encoder."""
+        n, values = self.patches, self.values
+        return Tokens(n, 1, n + 1, n - self.visible, values, values, visible=1 + self.visible)
+
+    def mask_conflicts(self) -> Iterator[Problem]:
+        """Some patches must be visible and some hidden, and a decoder must bring both together."""
+        o, decoder = self.config.objective, self.config.model.decoder
+        if not decoder.depth:
+            text = "at least 1: what is hidden enters in the decoder"
+            yield Problem("model.decoder.depth", 0, text, others=("objective.name",))
+        if decoder.width % 4:
+            text = "a multiple of 4: sines and cosines of two axes"
+            yield Problem("model.decoder.width", decoder.width, text, others=("objective.name",))
+        if not 0 < self.visible < self.patches:
+            text = f"a share that hides at least one of {self.patches} patches and leaves one visible"
+            sides = ("data.image_size", "model.patch")
+            yield Problem("objective.mask_ratio", o.mask_ratio, text, others=sides)
+
+    def build_model(self) -> MaskedImageModel:
+        """Encoder of visible patches and decoder of all."""
+        model, decoder = self.config.model, self.config.model.decoder
+        encoder = build_encoder(self.config)
+        return MaskedImageModel(encoder, decoder.width, decoder.depth, decoder.heads, self.values, model.attention)
+
+    def masks(self, positions: Tensor, grid: tuple[int, int]) -> Masks:
+        """The hidden patches of the samples at `positions` int64 [B]."""
+        return random_patches(self.config.seed, positions, grid, self.config.objective.mask_ratio)
 
 
 class LearnedFusion(MaskedReconstruction):

@@ -7,7 +7,12 @@ from typing import NamedTuple
 
 from foundation.config import Config
 from foundation.objectives.histograms import HOG, SARHOG
-from foundation.objectives.reconstruction import LearnedFusion, MaskedReconstruction, UnmaskedReconstruction
+from foundation.objectives.reconstruction import (
+    LearnedFusion,
+    MaskedReconstruction,
+    UnmaskedReconstruction,
+    VisibleReconstruction,
+)
 from foundation.objectives.targets import (
     FixedTarget,
     GaussianRatio,
@@ -35,6 +40,17 @@ def pixels(config: Config) -> Objective:
     normalised = config.objective.normalise_pixels
     target = NormalisedPixels(model.patch, model.channels) if normalised else Pixels(model.channels)
     return MaskedReconstruction(config, target)
+
+
+def mae(config: Config) -> Objective:
+    """Pixels of patches of mean 0 and variance 1, of which the encoder sees nothing."""
+    return VisibleReconstruction(config, NormalisedPixels(config.model.patch, config.model.channels))
+
+
+def fg_mae(config: Config) -> Objective:
+    """Histograms of Sobel gradients of patches of which the encoder sees nothing."""
+    o = config.objective
+    return VisibleReconstruction(config, HOG(o.cell, o.bins, o.gaussian_window, config.model.channels))
 
 
 def lomar(config: Config) -> Objective:
@@ -90,6 +106,8 @@ def ratio(target: Callable[[tuple[int, ...], float, str, int], FixedTarget], con
 
 
 OBJECTIVES = {
+    "mae": Row(mae, "normalised pixels of random patches, the encoder sees the others (MAE, arXiv 2111.06377)"),
+    "fg-mae": Row(fg_mae, "histograms of oriented gradients of random patches (FG-MAE, arXiv 2310.18653)"),
     "lomar": Row(lomar, "normalised pixels of masked local windows (LoMaR, arXiv 2206.00790)"),
     "lomar-sar": Row(pixels, "pixels of masked local windows (LoMaR-SAR of arXiv 2311.15153)"),
     "low-pass": Row(low_pass, "low-pass-filtered pixels of masked local windows (arXiv 2311.15153, 2303.02416)"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from foundation.config import Config
-from foundation.models.families import FAMILY, attention_backends, tokens
+from foundation.models.families import FAMILY, attention_backends, relative, tokens
 from kernels.rpe_attention.buckets import num_buckets
 
 
@@ -38,6 +38,8 @@ class Shape(NamedTuple):
     heads: int
     length: int
     sequences: int
+    relative: bool = True
+    """with a table of relative positions"""
 
     @property
     def values(self) -> int:
@@ -57,11 +59,16 @@ def attention_bytes(s: Shape, w: Widths, backend: str, device: str) -> int:
     narrow one that multiplies v. sdpa on CUDA (memory-efficient kernel): packed q, k, v, the query of the bias, the
     bias padded to 8 columns, one fp32 number per row, and the spread table; on a CPU it runs as `dense`, in fp32.
     xformers: as sdpa on CUDA. flex: packed q, k, v, copies of them, the products of queries and table. The fused ones
-    (triton, cuda): packed q, k, v and one number per row, no map.
+    (triton, cuda): packed q, k, v and one number per row, no map. Without relative positions reference and dense keep q
+    once, and sdpa, xformers and flash are fused ones.
     """
     e, rows = w.element, s.map(1)
     spread = s.length**2 * s.dim // s.heads * e
     narrow = s.map() * e if w.softmax != e else 0
+    if not s.relative:
+        if backend in ("reference", "dense"):
+            return 3 * s.values * e + s.map() * w.softmax + narrow
+        return (6 if backend == "flex" else 3) * s.values * e + 4 * rows
     if backend == "reference":
         return 4 * s.values * e + s.map(num_buckets()) * e + s.map() * w.softmax + narrow
     if backend == "dense":
@@ -91,6 +98,8 @@ def selective_bytes(s: Shape, w: Widths, backend: str, device: str) -> int:
     product and the logits of the backends that make them.
     """
     e, pairs = w.element, s.map()
+    if not s.relative:
+        return (11 * s.values + (pairs if backend in ("reference", "dense") else 0)) * e
     spread = s.length**2 * s.dim // s.heads * e
     logits = {"reference": s.map(num_buckets()) + pairs, "dense": 2 * pairs, "sdpa": pairs, "xformers": pairs}.get(
         backend, 0
@@ -106,6 +115,8 @@ def position_bytes(s: Shape, w: Widths, backend: str, device: str, selective: bo
 
     `selective`: of what selective checkpointing keeps, only results of products.
     """
+    if not s.relative:
+        return 0
     e, query = w.element, 0 if selective else s.values * w.element
     spread = s.length**2 * s.dim // s.heads * e
     on_cpu = backend == "sdpa" and device == "cpu"
@@ -140,16 +151,16 @@ def activations(config: Config, micro_batch: int, device: str = "cuda", autocast
 
     none: every block keeps `block_bytes`. full: every block keeps its input; in the backward pass one block at a time
     is computed again and then keeps all. selective: every block keeps `selective_bytes`, and one is computed again.
-    The rest: the cast image, its patches, the mask, the inputs of the last norms, of the projection into the decoder
-    (of a linear head: of the choice of tokens) and of the prediction, and the fp32 error. With torch.compile it is
-    less; that is not counted on.
+    The rest: the cast image, its patches, the mask or the ids of what is visible, the inputs of the last norms, of the
+    projection into the decoder (of a linear head: of the choice of tokens) and of the prediction, and the fp32 error.
+    With torch.compile it is less; that is not counted on.
     """
     mode = config.train.activation_checkpointing
     row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
     w, backends = widths(config.train.precision, device, autocast), attention_backends(config, device)
     sequences = micro_batch * t.windows
-    encoder = Shape(row.dim, row.heads, t.length, sequences)
-    narrow = Shape(decoder.width, decoder.heads, t.length, sequences)
+    encoder = Shape(row.dim, row.heads, t.encoded, sequences, relative(config))
+    narrow = Shape(decoder.width, decoder.heads, t.length, sequences, relative(config))
     stacks = ((encoder, row.depth), (narrow, decoder.depth))
     parts = [(s, depth, backend) for (s, depth), backend in zip(stacks, backends, strict=False)]
     full = [block_bytes(s, w, backend, device) for s, _, backend in parts]
@@ -161,8 +172,9 @@ def activations(config: Config, micro_batch: int, device: str = "cuda", autocast
     blocks = sum(each * depth for each, (_, depth, _) in zip(kept, parts, strict=True))
     masked = sequences * t.masked
     e, picture = w.element, config.data.image_size**2 * model.channels
-    rest = micro_batch * (t.patches * row.dim + (picture if e < 4 else 0)) * e + sequences * (t.length - 1)
-    rest += encoder.values * (w.norm + e) + 8 * sequences * t.length  # final norm, what takes its result
+    rest = micro_batch * (t.patches * row.dim + (picture if e < 4 else 0)) * e
+    rest += sequences * (t.length - 1 if t.visible is None else 8 * (t.visible - 1))  # the mask, or what is visible
+    rest += encoder.values * (w.norm + e) + 8 * sequences * t.encoded  # final norm, what takes its result
     if decoder.depth:
         rest += narrow.values * e + masked * (decoder.width * (w.norm + e) + 8)  # gather, norm, prediction
     else:
@@ -170,7 +182,9 @@ def activations(config: Config, micro_batch: int, device: str = "cuda", autocast
     rest += 4 * masked * t.values  # the error
     whole = [position_bytes(s, w, backend, device) for s, _, backend in parts]
     lasting = {"none": whole, "selective": [position_bytes(s, w, b, device, True) for s, _, b in parts]}
-    positions = sum(each * depth for each, (_, depth, _) in zip(lasting.get(mode, [0, 0]), parts, strict=True))
+    positions = sum(
+        each * depth for each, (_, depth, _) in zip(lasting.get(mode, [0] * len(parts)), parts, strict=True)
+    )
     if mode == "none":
         return Activations(blocks, rest, 0, positions)
     return Activations(blocks, rest, max(full), positions + whole[full.index(max(full))])

@@ -35,9 +35,12 @@ def model_figures(config: Config) -> list[Figure]:
     """Size and arithmetic."""
     p, f, t = parameters(config), flops(config), tokens(config)
     name = f"{config.model.size}/{config.model.patch}"
+    passed = "all pass encoder" + " and decoder" * bool(config.model.decoder.depth)
+    if t.visible is not None:
+        passed = f"all pass the decoder, {t.windows * t.visible} visible ones the encoder"
     return [
         Figure("model", "parameters", p.total, "", "derived", f"{name} with decoder"),
-        Figure("model", "tokens per image", t.windows * t.length, "", "derived", "all pass encoder and decoder"),
+        Figure("model", "tokens per image", t.windows * t.length, "", "derived", passed),
         Figure("model", "forward per image", f.forward / 1e9, "GFLOP", "derived", "matrix products"),
         Figure("model", "training per image", f.training / 1e9, "GFLOP", "derived", "three forward passes"),
     ]

@@ -36,18 +36,21 @@ FORMS: dict[str, dict[str, Any]] = {
     "equal": {**V2, "fusion": "equal"},
     "learned": {**V2, "fusion": "learned"},
 }
-OWN_RECIPE = {"lomar"}
+FIXED = ("mae", "fg-mae")
+"""Rows of MAE's frame: fixed positions, an encoder of visible patches."""
+OWN_RECIPE = {"lomar", *FIXED}
 """Rows whose head, batch and schedule are those of their own paper."""
 EACH = pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
 
 
 def config(form: dict[str, Any], channels: int = 1, **rest: Any) -> Config:
     """A 4x4 grid of 16-pixel patches, windows of 3x3; LoMaR without a decoder."""
+    positions = "sincos" if form["name"] in FIXED else "relative"
     decoder = {"width": 32, "depth": 0 if form["name"] == "lomar" else 1, "heads": 2}
     return from_dict(
         {
             "data": {"image_size": 64},
-            "model": {"size": "nano", "channels": channels, "decoder": decoder},
+            "model": {"size": "nano", "channels": channels, "positions": positions, "decoder": decoder},
             "objective": {"windows": 2, "window": 3, "radii": (3, 5), **form},
             **rest,
         }
@@ -84,10 +87,20 @@ def test_the_compared_files_differ_in_nothing_but_their_objective_or_name_a_reci
         other = flatten(load(path))
         changed = {key for key in first if first[key] != other[key] and not key.startswith("objective.")} - {"name"}
         assert bool(changed) == (path.stem in OWN_RECIPE), path.stem
-        assert all(key.startswith(("model.decoder.", "optim.", "train.", "data.lanes")) for key in changed), path.stem
+        assert all(
+            key.startswith(("model.decoder.", "model.positions", "optim.", "train.", "data.lanes")) for key in changed
+        ), path.stem
 
 
-@pytest.mark.parametrize(("name", "batch", "lr", "warmup", "epochs"), [("lomar", 4096, 1.5e-4, 40, 400)])
+@pytest.mark.parametrize(
+    ("name", "batch", "lr", "warmup", "epochs"),
+    [
+        ("mae", 4096, 1.5e-4, 40, 800),
+        ("lomar", 4096, 1.5e-4, 40, 400),
+        ("fg-mae", 256, 1.5e-4, 10, 100),
+        ("sar-jepa", 300, 1e-3, 20, 300),
+    ],
+)
 def test_recipes_are_the_published_ones_in_samples_of_94776_images(
     name: str, batch: int, lr: float, warmup: int, epochs: int
 ) -> None:
@@ -99,6 +112,8 @@ def test_recipes_are_the_published_ones_in_samples_of_94776_images(
 @pytest.mark.parametrize(
     ("name", "masked", "values"),
     [
+        ("mae", (1, 147), 256),
+        ("fg-mae", (1, 138), 36),
         ("lomar", (4, 39), 256),
         ("lomar-sar", (4, 39), 256),
         ("low-pass", (4, 39), 256),
@@ -288,6 +303,11 @@ def test_a_target_without_fusion_has_no_weights() -> None:
         ({"name": "low-pass", "cutoff": 0.6}, "objective.cutoff = 0.6: number > 0 and <= 0.5"),
         ({"name": "low-pass", "window": 5}, "objective.window = 5: at most the token grid's side 4"),
         ({"name": "hog", "mask_ratio": 0.01}, "objective.mask_ratio = 0.01: a share that masks at least one of 9"),
+        (
+            {"name": "mae", "mask_ratio": 0.99},
+            "objective.mask_ratio = 0.99: a share that hides at least one of 16 patch",
+        ),
+        ({"name": "fg-mae", "cell": 5}, "objective.cell = 5: a divisor of model.patch = 16"),
         ({**V2, "fusion": "learnt"}, "objective.fusion = 'learnt': one of separate, equal, learned"),
     ],
 )
@@ -307,6 +327,7 @@ def test_what_a_target_or_mask_cannot_serve_is_refused_before_anything_starts(
         {"name": "hog", "radii": (64,)},
         {"name": "pgga", "window": 99, "windows": 99, "mask_ratio": 0.01},
         {"name": "sar-jepa", "cell": 5},
+        {"name": "mae", "window": 99, "windows": 99, "radii": (64,), "cell": 5},
     ],
     ids=lambda form: form["name"],
 )

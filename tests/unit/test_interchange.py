@@ -171,9 +171,9 @@ def test_a_file_without_a_state_dict_is_named(tmp_path: Path, values: object) ->
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda s: s.clear(), "not a SAR-JEPA model: 'encoder.patch_embed.proj.weight' is missing"),
+        (lambda s: s.clear(), "not a SAR-JEPA, LoMaR or MAE model: 'encoder.patch_embed.proj.weight' is missing"),
         (lambda s: s.pop("blocks.0.attn.rpe_k.lookup_table_weight"), "'encoder.blocks.0.attn.rpe.table' is missing"),
-        (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(96, 256)}), "not a SAR-JEPA model"),
+        (lambda s: s.update({"patch_embed.proj.weight": torch.zeros(96, 256)}), "not a SAR-JEPA, LoMaR or MAE model"),
         (lambda s: s.pop("blocks.3.norm1.weight"), "1 missing: encoder.blocks.3.norm1.weight"),
         (lambda s: s.pop("mask_token"), "1 missing: mask_token"),
         (lambda s: s.update({"head.weight": torch.zeros(10, 96)}), "1 unexpected: head.weight"),

@@ -144,7 +144,8 @@ def test_nothing_waits_from_the_batch_to_the_update() -> None:
     ids=lambda value: " ".join(map(str, value.values())),
 )
 def test_no_target_and_no_loss_waits(objective: dict[str, Any]) -> None:
-    tree = {"data": {"image_size": 64}, "model": {"size": "nano", "patch": 8}}
+    positions = "sincos" if objective["name"] in ("mae", "fg-mae") else "relative"
+    tree = {"data": {"image_size": 64}, "model": {"size": "nano", "patch": 8, "positions": positions}}
     task = build(from_dict({**tree, "objective": {"windows": 2, "radii": (3, 5), **objective}}))
     with FakeTensorMode(allow_non_fake_inputs=True), Waits() as waits:
         inputs = task.prepare(on_gpu(2, 1, 64, 64), on_gpu(2, dtype=torch.int64))

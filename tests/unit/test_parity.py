@@ -22,9 +22,9 @@ from kernels.rpe_attention.buckets import num_buckets, product_buckets
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HISTOGRAMS, VARIANTS = "hog_targets.npz", "target_variants.npz"
-LOMAR = "lomar_pretrain_step.npz"
+LOMAR, MAE = "lomar_pretrain_step.npz", "mae_pretrain_step.npz"
 STEP, CLASSIFIER, TARGETS = "sarjepa_pretrain_step.npz", "classifier.npz", "gradient_targets.npz"
-STEPS = (STEP, LOMAR)
+STEPS = (STEP, LOMAR, MAE)
 Command = Callable[..., Any]
 Values = dict[str, Any]
 
@@ -177,6 +177,12 @@ def test_the_command_says_ok_line_by_line_and_exits_with_zero(folder: Path, comm
         (LOMAR, add("loss", 1e-3)),
         (LOMAR, add("state/encoder_pred.bias", 0.1)),
         (LOMAR, scale_norm(1.01)),
+        (MAE, add("pred", 3e-4)),
+        (MAE, add("loss", np.nan)),
+        (MAE, add("state/mask_token", 0.1)),
+        (MAE, add("state/pos_embed", 1e-4)),
+        (MAE, add("state/decoder_pos_embed", np.nan)),
+        (MAE, scale_norm(1.01)),
         (CLASSIFIER, add("logits", 3e-4)),
         (CLASSIFIER, add("cls_features", np.nan)),
         (CLASSIFIER, add("mean_attention_distance", 0.1)),

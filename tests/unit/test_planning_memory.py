@@ -94,6 +94,16 @@ def test_the_activation_formula_is_what_a_run_keeps_under_other_objectives(objec
     assert kept_for_backward(run, 4) == pytest.approx(expected.blocks + expected.rest, rel=0.1)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("backend", ["reference", "dense", "sdpa"])
+def test_the_activation_formula_is_what_a_run_keeps_of_visible_patches(backend: str, checkpointing: str) -> None:
+    train, objective = {"activation_checkpointing": checkpointing}, {"name": "mae", "mask_ratio": 0.75}
+    run = little(model={"attention": backend, "positions": "sincos"}, objective=objective, train=train)
+    expected = activations(run, 4, "cpu")
+    assert kept_for_backward(run, 4) == pytest.approx(expected.blocks + expected.rest, rel=0.1)
+    assert expected.positions == 0
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_the_activation_formula_is_what_a_run_keeps_with_a_linear_head(checkpointing: str) -> None:
     train = {"activation_checkpointing": checkpointing}
