@@ -31,7 +31,7 @@ def sincos(grid: tuple[int, int], dim: int, device: torch.device, dtype: torch.d
     As in MAE (arXiv 2111.06377): sines, then cosines of the column times 10000^(-4i / dim), then those of the row.
     Coordinates count patches, so that a patch of a larger grid has the positions of the smaller one and new ones.
     """
-    rows, columns = torch.arange(grid[0]).repeat_interleave(grid[1]), torch.arange(grid[1]).repeat(grid[0])
-    frequencies = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
-    angles = [at[:, None] * frequencies for at in (columns, rows)]
-    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)[None].to(device, dtype)
+    ids = torch.arange(grid[0] * grid[1], device=device)
+    frequencies = 10_000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim // 4))
+    angles = [at[:, None] * frequencies for at in (ids % grid[1], ids // grid[1])]
+    return torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], 1)[None].to(dtype)

@@ -1,4 +1,4 @@
-"""What an objective adds to the model is trained by every engine as by one process: the weights of a learnt fusion."""
+"""What an objective changes of the model is trained by every engine as by one process: fusion, frame, head."""
 
 from __future__ import annotations
 
@@ -19,8 +19,13 @@ OBJECTIVES = {
         "objective.centre=exclude",
     ),
     "pgga": ("objective.name=pgga",),
+    "mae": ("objective.name=mae", "model.positions=sincos"),
+    "lomar": ("objective.name=lomar", "model.decoder.depth=0"),
 }
-LEARNT = [("fusion", "ddp"), ("fusion", "fsdp2"), ("fusion", "zero3"), ("pgga", "ddp")]
+LEARNT = [
+    *(("fusion", "ddp"), ("fusion", "fsdp2"), ("fusion", "zero3"), ("pgga", "ddp")),
+    *(("mae", "fsdp2"), ("mae", "zero3"), ("lomar", "fsdp2")),
+]
 HALF = "fsdp2"  # the engine that gathers the parameters themselves in bf16
 SHORT = ("train.samples=32", "train.checkpoint_every=32")
 pytestmark = pytest.mark.slow

@@ -204,8 +204,9 @@ def test_a_figure_shows_the_maps_under_the_predictions(form: dict[str, Any]) -> 
         ({"name": "sar-hog"}, ["Target per map (images of {}, 9 of 18 maps)", "Reconstruction of masked patches"]),
         (FORMS["learned"], ["Target per map (images of {})", "Reconstruction of masked patches"]),
         ({"name": "pgga"}, ["Target per map (images of {})", "Prediction of all patches"]),
+        ({"name": "mae"}, ["Target per map (images of {})", "Reconstruction of masked patches"]),
     ],
-    ids=["cells", "fusion", "unmasked"],
+    ids=["cells", "fusion", "unmasked", "visible"],
 )
 def test_the_report_draws_coarse_fused_and_unmasked_targets(
     form: dict[str, Any], captions: list[str], catalog: Path, tmp_path: Path

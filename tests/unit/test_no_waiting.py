@@ -100,12 +100,20 @@ def test_values_travel_to_a_gpu_from_pinned_memory() -> None:
 
 
 @pytest.mark.usefixtures("no_driver")
-def test_nothing_waits_from_the_batch_to_the_update() -> None:
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("sar-jepa", {"attention": "triton"}),
+        ("lomar", {"attention": "triton", "decoder": {"depth": 0}}),
+        ("mae", {"attention": "sdpa", "positions": "sincos"}),
+    ],
+)
+def test_nothing_waits_from_the_batch_to_the_update(name: str, model: dict[str, Any]) -> None:
     config = from_dict(
         {
             "data": {"image_size": 128},
-            "model": {"size": "nano", "patch": 8, "attention": "triton"},
-            "objective": {"windows": 2, "radii": (3, 5)},
+            "model": {"size": "nano", "patch": 8, **model},
+            "objective": {"name": name, "windows": 2, "radii": (3, 5)},
             "optim": {"grad_clip": 1.0},
         }
     )
@@ -116,17 +124,17 @@ def test_nothing_waits_from_the_batch_to_the_update() -> None:
         images = Augment(128)(batch, seed=0)
         objective = build(config)
         with torch.device("cuda"):
-            model = objective.build_model()
+            built = objective.build_model()
         inputs = objective.prepare(images, batch.position)
-        loss, parts = objective.loss(model(*inputs.model_args), inputs)
+        loss, parts = objective.loss(built(*inputs.model_args), inputs)
         assert {t.device.type for t in (loss, *parts.values())} == {"cuda"}
         # Backward passes need a device; what they leave does not.
-        for parameter in model.parameters():
+        for parameter in built.parameters():
             parameter.grad = torch.empty_like(parameter)
-        optimizer = build_optimizer(model, rules(model, 0.05), config.optim)
+        optimizer = build_optimizer(built, rules(built, 0.05), config.optim)
         engine = Engine(config)
         engine.device = torch.device("cuda")
-        norm = engine.update(model, optimizer, 1e-3)
+        norm = engine.update(built, optimizer, 1e-3)
         assert norm.device.type == "cuda"
     assert waits.found == []
 
