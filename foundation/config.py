@@ -137,7 +137,7 @@ class ModelConfig(Section):
 
     size: str = Field(default="base", description="row of the size table (foundation/models/families.py)")
     patch: int = Field(default=16, ge=1, description="side of a patch, pixels; must divide data.image_size")
-    channels: int = Field(default=1, ge=1, description="channels of the image")
+    channels: int = Field(default=1, ge=1, le=1024, description="channels of the image")
     attention: str = Field(default="auto", description="backend of the attention; auto: the fastest for the device")
     positions: Literal["relative", "sincos"] = Field(
         default="relative", description="tables in every block (iRPE), or fixed sines and cosines, as MAE needs"
@@ -188,7 +188,7 @@ class ObjectiveConfig(Section):
         description="low-pass: highest frequency kept, cycles per pixel. The paper leaves it open; PixMIM's 40/224",
     )
     cell: int = Field(default=8, ge=1, description="hog, sar-hog: side of a cell, pixels; must divide model.patch")
-    bins: int = Field(default=9, ge=1, description="hog, sar-hog: bins of half a turn")
+    bins: int = Field(default=9, ge=1, le=1024, description="hog, sar-hog: bins of half a turn")
     gaussian_window: int | None = Field(
         default=None, ge=2, description="hog: side of the Gaussian that weights gradients, pixels; null: no weights"
     )

@@ -107,8 +107,8 @@ def ratio(target: Callable[[tuple[int, ...], float, str, int], FixedTarget], con
 
 OBJECTIVES = {
     "mae": Row(mae, "normalised pixels of random patches, the encoder sees the others (MAE, arXiv 2111.06377)"),
-    "fg-mae": Row(fg_mae, "histograms of oriented gradients of random patches (FG-MAE, arXiv 2310.18653)"),
     "lomar": Row(lomar, "normalised pixels of masked local windows (LoMaR, arXiv 2206.00790)"),
+    "fg-mae": Row(fg_mae, "histograms of oriented gradients of random patches (FG-MAE, arXiv 2310.18653)"),
     "lomar-sar": Row(pixels, "pixels of masked local windows (LoMaR-SAR of arXiv 2311.15153)"),
     "low-pass": Row(low_pass, "low-pass-filtered pixels of masked local windows (arXiv 2311.15153, 2303.02416)"),
     "hog": Row(hog, "histograms of oriented gradients of masked local windows (target of arXiv 2112.09133)"),

@@ -308,6 +308,7 @@ def test_a_target_without_fusion_has_no_weights() -> None:
             {"name": "mae", "mask_ratio": 0.99},
             "objective.mask_ratio = 0.99: a share that hides at least one of 16 patch",
         ),
+        ({"name": "hog", "bins": 10**9}, "objective.bins = 1000000000: whole number >= 1 and <= 1024"),
         ({"name": "fg-mae", "cell": 5}, "objective.cell = 5: a divisor of model.patch = 16"),
         ({**V2, "fusion": "learnt"}, "objective.fusion = 'learnt': one of separate, equal, learned"),
     ],

@@ -208,6 +208,11 @@ def test_missing_and_binary_files_are_configuration_errors(tmp_path: Path) -> No
     assert "binary.yaml: is not UTF-8 text" in refused(tmp_path / "binary.yaml")
 
 
+def test_numbers_that_would_fill_the_memory_are_refused() -> None:
+    line = "model.channels = 1000000000: whole number >= 1 and <= 1024"
+    assert line in refused(CONFIGS / "demo.yaml", "model.channels=1e9")
+
+
 VALUES = st.one_of(st.text(max_size=20), st.text("[]{}:,&*!-.eE0123456789 'x", max_size=20), st.floats().map(str))
 
 
