@@ -7,9 +7,10 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/foundation demo
 
-# Files go to the cores in order, the long ones (processes) first.
+# Tests that start processes, servers and clusters have the machine to themselves; the others share its cores.
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests/unit tests/gpu --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest tests/distributed tests/end_to_end
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
