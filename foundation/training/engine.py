@@ -70,10 +70,12 @@ class Engine:
 
         Returns the norm of the gradient of the global batch before clipping, on the device.
         """
-        limit, parameters = self.config.optim.grad_clip, [p for p in model.parameters() if p.grad is not None]
-        norm = self.whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        if limit is not None:  # a factor of 1 would pass over all gradients for nothing
-            nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+        if (
+            limit := self.config.optim.grad_clip
+        ) is not None:  # a factor of 1 would pass over all gradients for nothing
+            nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+        norm = self.whole(norm)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()

@@ -7,6 +7,7 @@ call, and one row of `BACKENDS`. Fused ones (`op.py`) read the packed projection
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from kernels.rpe_attention.fused import HALF_DTYPES, triton_refuses
 from kernels.rpe_attention.handwritten import cuda_refuses
 from kernels.rpe_attention.layout import METHODS, Layout, Problem, bias_kind, shared_memory
 from kernels.rpe_attention.libraries import flash, flash_refuses, xformers, xformers_refuses
-from kernels.rpe_attention.op import FUSED, run_fused
+from kernels.rpe_attention.op import FUSED, pack_and_run, run_fused
 from kernels.rpe_attention.reference import reference
 from kernels.rpe_attention.sdpa import dense, sdpa, sdpa_refuses
 
@@ -29,8 +30,7 @@ def _never(problem: Problem) -> str:
 class Backend(NamedTuple):
     """A way to compute the operator."""
 
-    run: Callable[..., Tensor] | None
-    """None: a fused one, which `op.fused` runs"""
+    run: Callable[..., Tensor]
     description: str
     refuses: Callable[[Problem], str] = _never
     """Why it does not take a call; '' when it does"""
@@ -57,8 +57,16 @@ BACKENDS = {
     ),
     "flash": Backend(flash, "FlashAttention 2 or 4, for models without relative positions", flash_refuses),
     "flex": Backend(flex, "PyTorch FlexAttention; products of query and table are looked up inside", flex_refuses),
-    "triton": Backend(None, "fused kernels in Triton, no map, table gradient without atomics", triton_refuses),
-    "cuda": Backend(None, "fused CUDA kernel of short windows, bf16, table gradient without atomics", cuda_refuses),
+    "triton": Backend(
+        partial(pack_and_run, backend="triton"),
+        "fused kernels in Triton, no map, table gradient without atomics",
+        triton_refuses,
+    ),
+    "cuda": Backend(
+        partial(pack_and_run, backend="cuda"),
+        "fused CUDA kernel of short windows, bf16, table gradient without atomics",
+        cuda_refuses,
+    ),
 }
 
 
@@ -98,10 +106,8 @@ def rpe_attention_packed(
     scale = dim**-0.5 if qk_scale is None else qk_scale
     if name in FUSED and table is not None:
         return run_fused(qkv, table, layout, scale, rpe_scale, name)
-    run = BACKENDS[name].run
-    assert run is not None
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    return run(q, k, v, table, layout, scale, rpe_scale).transpose(1, 2)
+    return BACKENDS[name].run(q, k, v, table, layout, scale, rpe_scale).transpose(1, 2)
 
 
 def rpe_attention(
@@ -136,12 +142,7 @@ def rpe_attention(
     layout, (heads, length, dim) = Layout(_constant(grid), cls_tokens, method, ratio), q.shape[1:]
     name = _check(q, heads, dim, length, table, layout, backend)
     scale = dim**-0.5 if qk_scale is None else qk_scale
-    if name in FUSED and table is not None:
-        packed = torch.stack((q, k, v), 2).permute(0, 3, 2, 1, 4)
-        return run_fused(packed, table, layout, scale, rpe_scale, name).transpose(1, 2)
-    run = BACKENDS[name].run
-    assert run is not None
-    return run(q, k, v, table, layout, scale, rpe_scale)
+    return BACKENDS[name].run(q, k, v, table, layout, scale, rpe_scale)
 
 
 def _constant(grid: tuple[int, int]) -> tuple[int, int]:
@@ -169,9 +170,8 @@ def _check(q: Tensor, heads: int, dim: int, length: int, table: Tensor | None, l
         if table.device != q.device:
             raise ValueError(f"table is on {table.device}, q, k, v on {q.device}: one device is allowed")
     trains = torch.is_grad_enabled() and (q.requires_grad or (table is not None and table.requires_grad))
-    per_head = table is not None and table.shape[0] > 1
     shared = shared_memory(q.device.type)
-    problem = Problem(q.device.type, q.dtype, heads, dim, layout, bias_kind(table), per_head, trains, shared)
+    problem = Problem(q.device.type, q.dtype, heads, dim, layout, bias_kind(table), trains, shared)
     name = choose(backend, problem)
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {backend!r}: choose auto, {', '.join(BACKENDS)}")

@@ -108,6 +108,13 @@ def gathered(ds, rows, columns, S: tl.constexpr, dtype: tl.constexpr, UPCAST: tl
 
 
 @triton.jit
+def logits_of(q, k, bias, exists, qk_scale, rpe_scale):
+    """Logits [64, 64] in units of the base-2 logarithm, -inf where there is no key."""
+    products = tl.dot(q, tl.trans(k), input_precision="ieee")
+    return tl.where(exists[None], products * (qk_scale * LOG2E) + bias * (rpe_scale * LOG2E), float("-inf"))
+
+
+@triton.jit
 def table_places(pointer, D: tl.constexpr, DP: tl.constexpr, HALF: tl.constexpr, S: tl.constexpr, CLS: tl.constexpr):
     """Places of the table's columns in the order of T, [DP, S·S], and which exist."""
     SIDE: tl.constexpr = 2 * HALF + 1

@@ -20,8 +20,8 @@ MAX_HEAD = 128
 MAX_CLASS = 64
 MAX_HALF = 7
 """Buckets per direction of an axis; T has 16 x 16 columns then."""
-_ROOM = (88, 132, 160, 248)
-"""KiB: heads up to 64 and up to 128; the same with more than 7 x 7 buckets."""
+_ROOM = {(False, False): 88, (True, False): 132, (False, True): 160, (True, True): 248}
+"""KiB of shared memory by (heads above 64, more than 7 x 7 buckets)."""
 _MAX_Z = 65535
 """Programs along the third axis of a launch."""
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -51,8 +51,7 @@ def resident(kernel: Any, dim: int, major: int = 9) -> int:
 
 def room(head_dim: int, layout: Layout) -> int:
     """Bytes of shared memory of the hungriest kernel on any architecture, in half precision (by `kernels/ahead.py`)."""
-    wide, large = head_dim > 64, int(2 * layout.ratio) > 3
-    return 1024 * ((_ROOM[2] if large else _ROOM[0]) if not wide else (_ROOM[3] if large else _ROOM[1]))
+    return 1024 * _ROOM[head_dim > 64, int(2 * layout.ratio) > 3]
 
 
 def triton_refuses(problem: Problem) -> str:

@@ -46,7 +46,6 @@ class Problem(NamedTuple):
     layout: Layout
     bias: str = "contextual"
     """contextual: a table [1 or H, d, columns]; plain: a table [1 or H, columns]; none: no table"""
-    per_head: bool = False
     trains: bool = False
     """a gradient is asked for"""
     shared: int = 0

@@ -93,3 +93,11 @@ def run_fused(qkv: Tensor, table: Tensor, layout: Layout, qk_scale: float, rpe_s
     """Attention output [B, L, H, d] of the packed projection qkv [B, L, 3, H, d] by a fused backend."""
     (height, width), *rest = layout
     return _forward(qkv, table, height, width, *rest, qk_scale, rpe_scale, backend)[0]
+
+
+def pack_and_run(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, layout: Layout, qk_scale: float, rpe_scale: float, backend: str
+) -> Tensor:
+    """`run_fused` of separate q, k, v [B, H, L, d], which are copied into one buffer: [B, H, L, d]."""
+    packed = torch.stack((q, k, v), 2).permute(0, 3, 2, 1, 4)
+    return run_fused(packed, table, layout, qk_scale, rpe_scale, backend).transpose(1, 2)

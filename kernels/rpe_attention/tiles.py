@@ -10,7 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.rpe_attention.blocks import LOG2E, gathered, load, look_up, low, selectors, slots, spread, table_places
+from kernels.rpe_attention.blocks import (
+    LOG2E,
+    gathered,
+    load,
+    logits_of,
+    look_up,
+    low,
+    selectors,
+    slots,
+    spread,
+    table_places,
+)
 
 
 @triton.jit
@@ -139,8 +150,7 @@ def forward_kernel(
             k = load(start + stride_3, key, d, stride_l, exists, D, UPCAST)
             v = load(start + 2 * stride_3, key, d, stride_l, exists, D, UPCAST)
             bias = _bias(looked_up, block, other, GH, BX, CLS, LAST, HALF, STEPS, S, dtype, UPCAST)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (qk_scale * LOG2E) + bias * (rpe_scale * LOG2E)
-            logits = tl.where(exists[None], logits, float("-inf"))
+            logits = logits_of(q, k, bias, exists, qk_scale, rpe_scale)
             higher = tl.maximum(top, tl.max(logits, 1))
             weights = tl.exp2(logits - higher[:, None])
             fade = tl.exp2(top - higher)
@@ -216,8 +226,8 @@ def query_backward_kernel(
             k = load(start + stride_3, key, d, stride_l, exists, D, UPCAST)
             v = load(start + 2 * stride_3, key, d, stride_l, exists, D, UPCAST)
             bias = _bias(looked_up, block, other, GH, BX, CLS, LAST, HALF, STEPS, S, dtype, UPCAST)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (qk_scale * LOG2E) + bias * (rpe_scale * LOG2E)
-            p = tl.exp2(tl.where(exists[None], logits, float("-inf")) - level[:, None])
+            logits = logits_of(q, k, bias, exists, qk_scale, rpe_scale)
+            p = tl.exp2(logits - level[:, None])
             ds = low(p * (tl.dot(do, tl.trans(v), input_precision="ieee") - product[:, None]), dtype, UPCAST)
             dq = tl.dot(ds, k, dq, input_precision="ieee")
             dt = _add_sums(dt, ds, block, other, GH, BX, CLS, LAST, HALF, STEPS, S, dtype, UPCAST)
@@ -291,7 +301,7 @@ def key_backward_kernel(
             product = tl.load(delta + line, mask=asked, other=0)
             looked_up = look_up(q, r, patch, PLAIN, dtype, UPCAST)
             bias = _bias(looked_up, other, block, GH, BX, CLS, LAST, HALF, STEPS, S, dtype, UPCAST)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (qk_scale * LOG2E) + bias * (rpe_scale * LOG2E)
+            logits = logits_of(q, k, bias, exists, qk_scale, rpe_scale)
             p = tl.exp2(logits - level[:, None])
             dv = tl.dot(tl.trans(low(p, dtype, UPCAST)), do, dv, input_precision="ieee")
             ds = low(p * (tl.dot(do, tl.trans(v), input_precision="ieee") - product[:, None]), dtype, UPCAST)

@@ -8,7 +8,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from kernels.rpe_attention.blocks import LOG2E, gathered, load, look_up, low, selectors, slots, spread, table_places
+from kernels.rpe_attention.blocks import (
+    LOG2E,
+    gathered,
+    load,
+    logits_of,
+    look_up,
+    low,
+    selectors,
+    slots,
+    spread,
+    table_places,
+)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -57,8 +68,7 @@ def forward_kernel(
         k = load(start + stride_3, token, d, stride_l, exists, D, UPCAST)
         v = load(start + 2 * stride_3, token, d, stride_l, exists, D, UPCAST)
         bias = spread(look_up(q, r, patch, PLAIN, dtype, UPCAST), rows, columns, S, dtype, UPCAST)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (qk_scale * LOG2E) + bias * (rpe_scale * LOG2E)
-        logits = tl.where(exists[None], logits, float("-inf"))
+        logits = logits_of(q, k, bias, exists, qk_scale, rpe_scale)
         top = tl.max(logits, 1)
         weights = tl.exp2(logits - top[:, None])
         total = tl.sum(weights, 1)
@@ -118,8 +128,7 @@ def backward_kernel(
         v = load(start + 2 * stride_3, token, d, stride_l, exists, D, UPCAST)
         do = load(grad + (wide * (L * H) + head) * D, token, d, H * D, exists, D, UPCAST)
         bias = spread(look_up(q, r, patch, PLAIN, dtype, UPCAST), rows, columns, S, dtype, UPCAST)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * (qk_scale * LOG2E) + bias * (rpe_scale * LOG2E)
-        logits = tl.where(exists[None], logits, float("-inf"))
+        logits = logits_of(q, k, bias, exists, qk_scale, rpe_scale)
         weights = tl.exp2(logits - tl.max(logits, 1)[:, None])
         p = weights * (1 / tl.sum(weights, 1))[:, None]
         to = d_qkv + (wide * (3 * L * H) + head) * D + token[:, None] * (3 * H * D) + d[None]

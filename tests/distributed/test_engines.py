@@ -49,7 +49,12 @@ LEARNT = [
     for way in WAYS
     if way in ("whole", "both") or (way == "recomputed" and cell.world == 2) or cell.engine == "single"
 ]
-COMMON = (f"train.samples={STEPS * BATCH}", f"train.checkpoint_every={SAVED * BATCH}", "optim.ema_half_life=40")
+COMMON = (
+    f"train.samples={STEPS * BATCH}",
+    f"train.checkpoint_every={SAVED * BATCH}",
+    "optim.ema_half_life=40",
+    "optim.grad_clip=0.5",  # reached by the first updates
+)
 
 
 def launch(world: int, yaml: Path, runs: list[tuple[str, ...]]) -> None:

@@ -335,96 +335,6 @@ def test_the_number_of_blocks_is_checked_and_what_kernels_refuse_is_an_error() -
         cuda._raise_on(kernels, kernels.rpe_window_forward(cuda._Problem(), *[None] * 5))
 
 
-@pytest.mark.parametrize("home", ["", "/nonexistent"])
-def test_without_a_compiler_the_error_says_what_to_do(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.setenv("CUDA_HOME", home)
-    with pytest.raises(
-        RuntimeError, match=r"there is no nvcc .*CUDA_HOME.*: install the CUDA toolkit, set CUDA_HOME, or"
-    ):
-        building.build("cuda")
-    with pytest.raises(SystemExit, match="there is no nvcc"):
-        building.main(["build", "--out", "nowhere.so"])
-    monkeypatch.delenv("CXX", raising=False)
-    with pytest.raises(RuntimeError, match=r"needs a C\+\+20 compiler and g\+\+ is not on PATH: set CXX"):
-        building.build("cpu")
-
-
-def compiler(path: Path, script: str) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-    return path
-
-
-def test_a_failed_compilation_shows_the_compilers_last_lines_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    compiler(tmp_path / "bin" / "nvcc", 'for i in $(seq 30); do echo "line $i"; done; [ "$1" = --version ]')
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(RuntimeError, match="compiling the attention kernels failed") as caught:
-        building.build("cuda", out=tmp_path / "out" / "made.so")
-    assert "line 30" in str(caught.value)
-    assert "line 10\n" not in str(caught.value)
-    assert not list((tmp_path / "out").iterdir())
-
-
-def test_a_library_is_compiled_once_and_again_when_anything_it_depends_on_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script = 'echo compiled >> "$0.log"\nwhile [ "$1" != -o ]; do shift; done; touch "$2"'
-    version = '[ "$1" = --version ] && echo {} && exit\n'
-    nvcc = compiler(tmp_path / "bin" / "nvcc", version.format("release 13.0") + script)
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    monkeypatch.setenv("SAR_FOUNDATION_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(building, "SOURCES", Path(shutil.copytree(building.SOURCES, tmp_path / "csrc")))
-    first = building.build("cuda")
-    assert first.parent == tmp_path / "cache"
-    assert building.build("cuda") == first
-    assert (tmp_path / "bin" / "nvcc.log").read_text() == "compiled\n"
-    paths = {first, building.build("cuda", ("sm_90a",))}
-    (tmp_path / "csrc" / "tile.cuh").write_text("// changed")
-    paths.add(building.build("cuda"))
-    compiler(nvcc, version.format("release 13.1") + script)
-    paths.add(building.build("cuda"))
-    assert len(paths) == 4
-    assert all(path.exists() for path in paths)
-
-
-def test_a_library_built_ahead_of_time_comes_first_and_a_broken_one_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken = tmp_path / "_cuda.so"
-    broken.write_text("not a library")
-    monkeypatch.setattr(building, "PREBUILT", broken)
-    cuda.library.cache_clear()
-    with pytest.raises(RuntimeError, match=r"cannot load the attention kernels in .*_cuda\.so.*delete the file"):
-        cuda.library("cuda")
-
-
-@needs_nvcc
-def test_kernels_fit_the_registers_and_the_shared_memory_of_every_architecture(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    building.main(["build", "--out", str(tmp_path / "_cuda.so")])
-    found = building.statistics(tmp_path / "_cuda.so")
-    assert {need.architecture for need in found} == set(building.ARCHITECTURES)
-    assert len(found) == len(building.ARCHITECTURES) * 9
-    printed = capsys.readouterr().out
-    for need in found:
-        assert need.kernel in printed
-        assert need.spilled == 0, need
-        assert need.shared <= 70 << 10, need
-        blocks = 2 if need.architecture == "sm_80" else 3  # 164 KB and 228 KB of shared memory, 65536 registers
-        assert need.registers * 128 * blocks <= 65536, need
-        assert (need.shared + 1024) * blocks <= (164 if need.architecture == "sm_80" else 228) << 10, need
-
-
-def test_a_report_that_is_gone_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"lib\.log is missing, the compiler's report of lib\.so: build the library"):
-        building.statistics(tmp_path / "lib.so")
-
-
 def test_behind_the_operator_it_is_what_cuda_gives() -> None:
     c = call()
     qkv, table = c.qkv.clone().requires_grad_(), c.table.to(torch.bfloat16).requires_grad_()
@@ -478,18 +388,6 @@ def test_twenty_updates_in_bf16_have_the_losses_of_the_definition(
     assert len(losses[0]) == 20
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
     assert losses[1] != losses[0]
-
-
-@needs_compiler
-def test_a_library_of_another_source_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(building, "PREBUILT", shutil.copy(building.build("cpu"), tmp_path / "_cuda.so"))
-    changed = Path(shutil.copytree(building.SOURCES, tmp_path / "csrc"))
-    (changed / "tile.cuh").write_text((changed / "tile.cuh").read_text() + "// changed\n")
-    monkeypatch.setattr(building, "SOURCES", changed)
-    cuda.library.cache_clear()
-    with pytest.raises(RuntimeError, match=r"_cuda.so were built of another source; delete the file or build again"):
-        cuda.library("cuda")
-    cuda.library.cache_clear()
 
 
 @needs_compiler
