@@ -1,4 +1,4 @@
-"""Small text files of a run, written whole or not at all."""
+"""Small files of a run, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 from foundation.errors import StorageError
 
 
-def write_whole(path: Path, text: str) -> Path:
-    """Write `text` under a temporary name, then rename: a full disk leaves the old file. Raises StorageError."""
+def write_whole(path: Path, content: str | bytes) -> Path:
+    """Write `content` under a temporary name, then rename: a full disk leaves the old file. Text becomes UTF-8.
+
+    Raises StorageError.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError as error:
         raise StorageError(
