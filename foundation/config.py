@@ -142,6 +142,9 @@ class ModelConfig(Section):
     positions: Literal["relative", "sincos"] = Field(
         default="relative", description="tables in every block (iRPE), or fixed sines and cosines, as MAE needs"
     )
+    registers: int = Field(
+        default=0, ge=0, le=16, description="learnt tokens beside the patches that nobody reads (arXiv 2309.16588)"
+    )
     decoder: DecoderConfig = Field(default=DecoderConfig(), description="decoder of masked tokens")
 
     @field_validator("size")

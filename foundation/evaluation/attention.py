@@ -20,8 +20,8 @@ def token_distances(grid: tuple[int, int], patch: int) -> Tensor:
 def attention_distance(attention: Tensor, grid: tuple[int, int], patch: int, cls_tokens: int = 1) -> Tensor:
     """Distance of each head in pixels: attention [B, H, T, T] with T = cls_tokens + N → fp32 [B, H].
 
-    Rows and columns of the class token are dropped and the rest is not renormalised (as published), so what a head
-    gives to the class token counts as distance 0. Sum over keys of attention · distance, mean over queries.
+    Rows and columns of the `cls_tokens` in front are dropped and the rest is not renormalised (as published), so what a
+    head gives to them counts as distance 0. Sum over keys of attention · distance, mean over queries.
     """
     rest = attention[..., cls_tokens:, cls_tokens:].float()
     return (rest * token_distances(grid, patch).to(rest.device)).sum(-1).mean(-1)
@@ -37,7 +37,8 @@ def attention_distances(encoder: ViT, images: Tensor) -> Tensor:
     was_training = encoder.training
     encoder.eval()
     try:
-        return torch.stack([attention_distance(a, grid, encoder.patch).cpu() for a in encoder.attention_maps(images)])
+        maps, where = encoder.attention_maps(images), (grid, encoder.patch, encoder.prefix)
+        return torch.stack([attention_distance(attention, *where).cpu() for attention in maps])
     finally:
         encoder.train(was_training)
 

@@ -103,7 +103,10 @@ def check_disjoint(train: Listing, test: Listing) -> None:
 
 @dataclass(frozen=True)
 class Features:
-    """`x` fp32 [N, D] class tokens, `mean` fp32 [N, D] averages of the patch tokens, `y` int64 [N] into `classes`."""
+    """`x` fp32 [N, D] class tokens (`mean` where there are none), `mean` fp32 [N, D] averages of the patch tokens.
+
+    `y` int64 [N] indexes `classes`.
+    """
 
     x: Tensor
     mean: Tensor
@@ -149,8 +152,8 @@ def extract(
     try:
         for pixels in image_batches(samples, image_size, crop, batch, device):
             tokens = encoder.forward_features(pixels).float().cpu()
-            cls.append(tokens[:, 0])
-            mean.append(tokens[:, 1:].mean(1))
+            cls.append(encoder.pooled(tokens))
+            mean.append(tokens[:, encoder.prefix :].mean(1))
             done += len(tokens)
             if progress is not None:
                 progress(done, len(samples))

@@ -111,7 +111,7 @@ def linear(train: Tensor, y: Tensor, test: Tensor, classes: int, seed: int, reci
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear layer on its class token: images [B, C, H, W] → logits [B, classes]."""
+    """An encoder and a linear layer on its pooled tokens: images [B, C, H, W] → logits [B, classes]."""
 
     def __init__(self, encoder: ViT, classes: int, seed: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits of the images."""
-        return self.head(self.encoder.forward_features(images)[:, 0])
+        return self.head(self.encoder(images))
 
 
 def finetune(

@@ -11,16 +11,16 @@ from kernels.rpe_attention.reference import attention_probabilities
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over [B, L, dim], class token first, patches in raster order of `grid`.
+    """Multi-head self-attention over [B, L, dim]: `prefix` tokens, then patches in raster order of `grid`.
 
     Without `relative` positions there is no table, and of `grid` only the number of patches matters.
     """
 
-    def __init__(self, dim: int, heads: int, backend: str = "auto", relative: bool = True) -> None:
+    def __init__(self, dim: int, heads: int, backend: str = "auto", relative: bool = True, prefix: int = 1) -> None:
         super().__init__()
-        self.heads, self.head_dim, self.backend = heads, dim // heads, backend
+        self.heads, self.head_dim, self.backend, self.prefix = heads, dim // heads, backend, prefix
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.rpe = RelativePositionTable(self.head_dim) if relative else None
+        self.rpe = RelativePositionTable(self.head_dim, prefix) if relative else None
         self.proj = nn.Linear(dim, dim)
 
     def _packed(self, x: Tensor) -> Tensor:
@@ -31,12 +31,14 @@ class Attention(nn.Module):
         return None if self.rpe is None else self.rpe()
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """[B, 1 + h·w, dim] → the same shape."""
+        """[B, prefix + h·w, dim] → the same shape."""
         # The position term takes the unscaled query (rpe_scale 1), as in the published SAR-JEPA and LoMaR.
-        out = rpe_attention_packed(self._packed(x), self._table(), grid, rpe_scale=1.0, backend=self.backend)
+        out = rpe_attention_packed(
+            self._packed(x), self._table(), grid, self.prefix, rpe_scale=1.0, backend=self.backend
+        )
         return self.proj(out.reshape(x.shape))
 
     def probabilities(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """The attention maps themselves: [B, heads, L, L]; for figures, always by the definition."""
         q, k, _ = self._packed(x).permute(2, 0, 3, 1, 4).unbind(0)
-        return attention_probabilities(q, k, self._table(), Layout(grid), self.head_dim**-0.5, 1.0)
+        return attention_probabilities(q, k, self._table(), Layout(grid, self.prefix), self.head_dim**-0.5, 1.0)

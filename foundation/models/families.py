@@ -49,7 +49,7 @@ class Tokens(NamedTuple):
     """embedded: the whole grid"""
     windows: int
     length: int
-    """of one window, with its class token; masked tokens are processed like all others, if not by the encoder"""
+    """of one window, with the prefix; masked tokens are processed like all others, if not by the encoder"""
     masked: int
     """predicted, per window: the masked ones, or all where nothing is masked"""
     values: int
@@ -59,12 +59,31 @@ class Tokens(NamedTuple):
     fusion: int = 0
     """learnt weights of the target's maps"""
     visible: int | None = None
-    """tokens of a window that pass the encoder, the class token among them; None: all"""
+    """tokens of a window that pass the encoder, the prefix among them; None: all"""
+    class_token: bool = True
+    """in front of the patches of the encoder, and of the decoder"""
+    registers: int = 0
+    """in front of the patches of the encoder alone"""
+
+    @property
+    def prefix(self) -> int:
+        """Tokens in front of the patches of a window in the encoder."""
+        return self.class_token + self.registers
+
+    @property
+    def inside(self) -> int:
+        """Patches of one window."""
+        return self.length - self.prefix
 
     @property
     def encoded(self) -> int:
-        """Tokens of a window in the encoder; the decoder has all of `length`."""
+        """Tokens of a window in the encoder."""
         return self.length if self.visible is None else self.visible
+
+    @property
+    def decoded(self) -> int:
+        """Tokens of a window in the decoder: all but the registers."""
+        return self.length - self.registers
 
 
 def tokens(config: Config) -> Tokens:
@@ -77,11 +96,12 @@ def tokens(config: Config) -> Tokens:
 def attention_backends(config: Config, device: str) -> tuple[str, ...]:
     """The backends that train encoder and decoder, if any, on a type of device: `auto` is what it stands for there."""
     row, model, t = FAMILY[config.model.size], config.model, tokens(config)
-    side, bias = math.isqrt(t.length - 1), "contextual" if relative(config) else "none"
+    side, bias = math.isqrt(t.inside), "contextual" if relative(config) else "none"
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-    window = Layout((side, side))
-    encoder = (row.dim, row.heads, window if t.visible is None else Layout((1, t.visible - 1)))
-    parts = [encoder, (model.decoder.width, model.decoder.heads, window)][: 2 if model.decoder.depth else 1]
+    seen = (side, side) if t.visible is None else (1, t.visible - t.prefix)
+    parts = [(row.dim, row.heads, Layout(seen, t.prefix))]
+    if model.decoder.depth:
+        parts.append((model.decoder.width, model.decoder.heads, Layout((side, side), int(t.class_token))))
     problems = (Problem(device, dtype, h, dim // h, layout, bias=bias, trains=True) for dim, h, layout in parts)
     return tuple(choose(model.attention, problem) for problem in problems)
 
@@ -123,12 +143,12 @@ def relative(config: Config) -> bool:
     return config.model.positions == "relative"
 
 
-def block_shapes(dim: int, heads: int, relative: bool = True) -> list[Rows]:
+def block_shapes(dim: int, heads: int, relative: bool = True, prefix: int = 1) -> list[Rows]:
     """One block: two norms, four projections of attention (three in one), an MLP of ratio 4, the table of all heads.
 
     12 dim² + 13 dim + dim / heads · buckets parameters, without `relative` positions no buckets.
     """
-    table = [Rows(1, dim // heads * num_buckets())] if relative else []
+    table = [Rows(1, dim // heads * num_buckets(cls_tokens=prefix))] if relative else []
     attention = [*linear(dim, 3 * dim), *table, *linear(dim, dim)]
     return [*4 * [Rows(dim)], *attention, *linear(dim, 4 * dim), *linear(4 * dim, dim)]
 
@@ -136,15 +156,16 @@ def block_shapes(dim: int, heads: int, relative: bool = True) -> list[Rows]:
 def shapes(config: Config) -> Shapes:
     """The parameters of the model that a configuration builds, decoder included."""
     row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
-    root = [*linear(model.patch**2 * model.channels, row.dim), Rows(1, row.dim)]  # with the class token
+    root = linear(model.patch**2 * model.channels, row.dim)
+    root += [Rows(1, tokens * row.dim) for tokens in (t.class_token, t.registers) if tokens]
     root += [Rows(1, row.dim if t.visible is None else decoder.width)]  # the mask token, where it enters
     root += 2 * [Rows(row.dim)]  # the final norm
     root += [Rows(t.fusion)] if t.fusion else []
-    block = block_shapes(row.dim, row.heads, relative(config))
+    block = block_shapes(row.dim, row.heads, relative(config), t.prefix)
     if not decoder.depth:
         return Shapes(block, [], root + linear(row.dim, t.values), row.depth, 0)
     root += [*linear(row.dim, decoder.width), *2 * [Rows(decoder.width)], *linear(decoder.width, t.values)]
-    narrow = block_shapes(decoder.width, decoder.heads, relative(config))
+    narrow = block_shapes(decoder.width, decoder.heads, relative(config), int(t.class_token))
     return Shapes(block, narrow, root, row.depth, decoder.depth)
 
 
@@ -186,9 +207,9 @@ class Flops(NamedTuple):
         return 3 * self.forward
 
 
-def block_flops(dim: int, length: int, relative: bool = True) -> int:
-    """One block over one sequence of `length` tokens."""
-    return length * (24 * dim * dim + 4 * length * dim + 2 * num_buckets() * dim * relative)
+def block_flops(dim: int, length: int, relative: bool = True, prefix: int = 1) -> int:
+    """One block over one sequence of `length` tokens, `prefix` of them in front of the patches."""
+    return length * (24 * dim * dim + 4 * length * dim + 2 * num_buckets(cls_tokens=prefix) * dim * relative)
 
 
 def flops(config: Config) -> Flops:
@@ -200,11 +221,12 @@ def flops(config: Config) -> Flops:
     `sdpa`.
     """
     row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
-    projection = 2 * t.windows * t.encoded * row.dim * decoder.width if decoder.depth else 0
+    taken = t.encoded - t.registers
+    projection = 2 * t.windows * taken * row.dim * decoder.width if decoder.depth else 0
     width = decoder.width if decoder.depth else row.dim
     return Flops(
         embed=2 * t.patches * model.patch**2 * model.channels * row.dim,
-        encoder=row.depth * t.windows * block_flops(row.dim, t.encoded, relative(config)),
-        decoder=decoder.depth * t.windows * block_flops(decoder.width, t.length, relative(config)),
+        encoder=row.depth * t.windows * block_flops(row.dim, t.encoded, relative(config), t.prefix),
+        decoder=decoder.depth * t.windows * block_flops(decoder.width, t.decoded, relative(config), t.class_token),
         head=projection + 2 * t.windows * t.masked * width * t.values,
     )

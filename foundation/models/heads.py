@@ -10,15 +10,26 @@ from foundation.models.vit import Block, ViT
 
 
 class Decoder(nn.Module):
-    """Narrow transformer and a linear layer: [B, 1 + n, dim] → predictions [B, m, out] of the chosen tokens."""
+    """Narrow transformer and a linear layer: [B, prefix + n, dim] → predictions [B, m, out] of the chosen tokens.
+
+    `prefix` is 1 with a class token and 0 without; an encoder's registers do not come here.
+    """
 
     def __init__(
-        self, dim: int, width: int, depth: int, heads: int, out: int, attention: str = "auto", relative: bool = True
+        self,
+        dim: int,
+        width: int,
+        depth: int,
+        heads: int,
+        out: int,
+        attention: str = "auto",
+        relative: bool = True,
+        prefix: int = 1,
     ) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.prefix = heads, prefix
         self.embed = nn.Linear(dim, width)
-        self.blocks = nn.ModuleList(Block(width, heads, attention, relative) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(width, heads, attention, relative, prefix) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, out)
 
@@ -27,27 +38,28 @@ class Decoder(nn.Module):
         return self.decode(self.embed(tokens), grid, wanted)
 
     def decode(self, x: Tensor, grid: tuple[int, int], wanted: Tensor | None = None) -> Tensor:
-        """`forward` behind the projection: [B, 1 + n, width] → [B, m, out]."""
+        """`forward` behind the projection: [B, prefix + n, width] → [B, m, out]."""
         for block in self.blocks:
             x = block(x, grid)
-        return self.pred(self.norm(chosen(x, wanted)))
+        return self.pred(self.norm(chosen(x, wanted, self.prefix)))
 
 
 class LinearHead(nn.Module):
-    """One linear layer: [B, 1 + n, dim] → predictions [B, m, out] of the chosen tokens."""
+    """One linear layer: [B, prefix + n, dim] → predictions [B, m, out] of the chosen tokens."""
 
-    def __init__(self, dim: int, out: int) -> None:
+    def __init__(self, dim: int, out: int, prefix: int = 1) -> None:
         super().__init__()
+        self.prefix = prefix
         self.pred = nn.Linear(dim, out)
 
     def forward(self, tokens: Tensor, grid: tuple[int, int], wanted: Tensor | None = None) -> Tensor:
         """As `Decoder`: `wanted` int64 [B, m] are the patch slots to predict, all of them when None."""
-        return self.pred(chosen(tokens, wanted))
+        return self.pred(chosen(tokens, wanted, self.prefix))
 
 
-def chosen(tokens: Tensor, wanted: Tensor | None) -> Tensor:
-    """The tokens of the patch slots `wanted` int64 [B, m], of all when None: [B, 1 + n, dim] → [B, m, dim]."""
-    patches = tokens[:, 1:]
+def chosen(tokens: Tensor, wanted: Tensor | None, prefix: int = 1) -> Tensor:
+    """The tokens of the patch slots `wanted` int64 [B, m], of all when None: [B, prefix + n, dim] → [B, m, dim]."""
+    patches = tokens[:, prefix:]
     if wanted is None:
         return patches
     return patches.gather(1, wanted[:, :, None].expand(-1, -1, patches.shape[-1]))
@@ -65,9 +77,9 @@ class MaskedWindowModel(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.dim))
-        self.decoder: Decoder | LinearHead = LinearHead(encoder.dim, out)
+        self.decoder: Decoder | LinearHead = LinearHead(encoder.dim, out, encoder.classes)
         if depth:
-            self.decoder = Decoder(encoder.dim, width, depth, heads, out, attention)
+            self.decoder = Decoder(encoder.dim, width, depth, heads, out, attention, True, encoder.classes)
 
     def forward(self, images: Tensor, patch_ids: Tensor, masked: Tensor, predict_all: bool = False) -> Tensor:
         """Predictions of the masked slots in the order of `masked`, or of all n slots with `predict_all`."""
@@ -80,7 +92,7 @@ class MaskedWindowModel(nn.Module):
         mask = mask.scatter(1, hidden[:, :, None], True)
         tokens = torch.where(mask, self.mask_token.to(tokens.dtype), tokens)
         side = round(n**0.5)
-        encoded = self.encoder.encode(tokens, (side, side))
+        encoded = self.encoder.without_registers(self.encoder.encode(tokens, (side, side)))
         predicted = self.decoder(encoded, (side, side), None if predict_all or not hidden.shape[1] else hidden)
         return predicted.view(batch, windows, -1, predicted.shape[-1])
 
@@ -114,7 +126,7 @@ class MaskedImageModel(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder = Decoder(encoder.dim, width, depth, heads, out, attention, relative=False)
+        self.decoder = Decoder(encoder.dim, width, depth, heads, out, attention, False, encoder.classes)
 
     def forward(self, images: Tensor, patch_ids: Tensor, masked: Tensor, predict_all: bool = False) -> Tensor:
         """Predictions of the masked patches in the order of `masked`, or of all N with `predict_all`."""
@@ -124,10 +136,11 @@ class MaskedImageModel(nn.Module):
         visible = mask.argsort(dim=1, stable=True)[:, : n - hidden.shape[1], None]
         tokens = self.encoder.embed(images)
         tokens = tokens.gather(1, visible.expand(-1, -1, tokens.shape[-1]))
-        seen = self.decoder.embed(self.encoder.encode(tokens, (1, tokens.shape[1])))
+        encoded = self.encoder.without_registers(self.encoder.encode(tokens, (1, tokens.shape[1])))
+        seen, classes = self.decoder.embed(encoded), self.encoder.classes
         width, grid = seen.shape[-1], self.encoder.grid(images)
         patches = self.mask_token.to(seen.dtype).expand(batch, n, -1)
-        patches = patches.scatter(1, visible.expand(-1, -1, width), seen[:, 1:])
+        patches = patches.scatter(1, visible.expand(-1, -1, width), seen[:, classes:])
         patches = patches + sincos(grid, width, seen.device, seen.dtype)
-        x = torch.cat([seen[:, :1], patches], dim=1)
+        x = torch.cat([seen[:, :classes], patches], dim=1)
         return self.decoder.decode(x, grid, None if predict_all else hidden)[:, None]

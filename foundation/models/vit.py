@@ -17,10 +17,10 @@ class Block(nn.Module):
 
     shard_unit = True  # recomputed, compiled and sharded as one
 
-    def __init__(self, dim: int, heads: int, backend: str = "auto", relative: bool = True) -> None:
+    def __init__(self, dim: int, heads: int, backend: str = "auto", relative: bool = True, prefix: int = 1) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads, backend, relative)
+        self.attn = Attention(dim, heads, backend, relative, prefix)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim)
@@ -44,8 +44,10 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer with a class token. `positions`: relative (iRPE in every block) or sincos (fixed, added once).
+    """Vision transformer. `positions`: relative (iRPE in every block) or sincos (fixed, added once).
 
+    In front of the patches stand `prefix` tokens: the class token, if there is one, and `registers`, learnt tokens that
+    carry no patch and are read by nobody (Darcet et al., arXiv 2309.16588). Prefix tokens have no fixed position.
     Images are fp32 [B, C, H, W] in [0, 1] with sides divisible by `patch`.
     """
 
@@ -58,6 +60,8 @@ class ViT(nn.Module):
         channels: int = 1,
         attention: str = "auto",
         positions: str = "relative",
+        class_token: bool = True,
+        registers: int = 0,
     ) -> None:
         super().__init__()
         if dim % heads:
@@ -65,8 +69,10 @@ class ViT(nn.Module):
         self.dim, self.depth, self.heads, self.patch, self.channels = dim, depth, heads, patch, channels
         self.relative = positions == "relative"
         self.patch_embed = PatchEmbed(patch, channels, dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads, attention, self.relative) for _ in range(depth))
+        self.classes, self.prefix = int(class_token), int(class_token) + registers
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
+        self.register_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
+        self.blocks = nn.ModuleList(Block(dim, heads, attention, self.relative, self.prefix) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
@@ -83,27 +89,41 @@ class ViT(nn.Module):
             return tokens
         return tokens + sincos(self.grid(images), self.dim, tokens.device, tokens.dtype)
 
+    def prefixed(self, tokens: Tensor) -> Tensor:
+        """Patch tokens [B, n, dim] → [B, prefix + n, dim]: class token, registers, patches."""
+        first = [token.to(tokens.dtype) for token in (self.cls_token, self.register_token) if token is not None]
+        return torch.cat([*(token.expand(len(tokens), -1, -1) for token in first), tokens], dim=1)
+
     def encode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Patch tokens [B, h·w, dim] → [B, 1 + h·w, dim] after all blocks and the final norm, class token first."""
-        x = torch.cat([self.cls_token.to(tokens.dtype).expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        """Patch tokens [B, h·w, dim] → [B, prefix + h·w, dim] after all blocks and the final norm."""
+        x = self.prefixed(tokens)
         for block in self.blocks:
             x = block(x, grid)
         return self.norm(x)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] → [B, 1 + N, dim], class token first."""
+        """[B, C, H, W] → [B, prefix + N, dim], class token first."""
         return self.encode(self.embed(images), self.grid(images))
 
+    def without_registers(self, tokens: Tensor) -> Tensor:
+        """Encoder tokens [B, prefix + n, dim] → [B, classes + n, dim], what decoders take: `classes` is 1 or 0."""
+        if self.prefix == self.classes:
+            return tokens
+        return torch.cat([tokens[:, : self.classes], tokens[:, self.prefix :]], dim=1)
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """One vector per image: the class token of [B, prefix + n, dim], or without one the mean of the patches."""
+        return tokens[:, 0] if self.classes else tokens[:, self.prefix :].mean(1)
+
     def forward(self, images: Tensor) -> Tensor:
-        """Class-token features of full images: [B, C, H, W] → [B, dim]."""
-        return self.forward_features(images)[:, 0]
+        """`pooled` features of full images: [B, C, H, W] → [B, dim]."""
+        return self.pooled(self.forward_features(images))
 
     @torch.no_grad()
     def attention_maps(self, images: Tensor) -> Iterator[Tensor]:
-        """Attention of each block in turn: [B, heads, 1 + N, 1 + N]."""
+        """Attention of each block in turn: [B, heads, prefix + N, prefix + N]."""
         grid = self.grid(images)
-        tokens = self.embed(images)
-        x = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
+        x = self.prefixed(self.embed(images))
         for block in self.blocks:
             assert isinstance(block, Block)
             yield block.attn.probabilities(block.norm1(x), grid)

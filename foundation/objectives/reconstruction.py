@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foundation.config import Config
 from foundation.config_text import Problem
-from foundation.models.families import FAMILY, Tokens
+from foundation.models.families import FAMILY, Tokens, tokens
 from foundation.models.heads import FusedWindowModel, MaskedImageModel, MaskedWindowModel
 from foundation.models.vit import ViT
 from foundation.objectives.masks import Masks, local_windows, random_patches, visible_patches, whole_image
@@ -29,8 +29,9 @@ class Inputs(NamedTuple):
 
 def build_encoder(config: Config) -> ViT:
     """The encoder of a configuration; `models.initialise` or a checkpoint gives it its weights."""
-    size, model = FAMILY[config.model.size], config.model
-    return ViT(size.dim, size.depth, size.heads, model.patch, model.channels, model.attention, model.positions)
+    size, model, t = FAMILY[config.model.size], config.model, tokens(config)
+    where = model.positions, t.class_token, t.registers
+    return ViT(size.dim, size.depth, size.heads, model.patch, model.channels, model.attention, *where)
 
 
 class MaskedReconstruction:
@@ -51,9 +52,10 @@ class MaskedReconstruction:
 
     def tokens(self) -> Tokens:
         """The sizes that formulas of memory and time need; no tensor is made."""
-        o, values = self.config.objective, self.values
+        o, values, registers = self.config.objective, self.values, self.config.model.registers
         inside = o.window**2
-        return Tokens(self.patches, o.windows, inside + 1, int(inside * o.mask_ratio), values, values)
+        length, masked = 1 + registers + inside, int(inside * o.mask_ratio)
+        return Tokens(self.patches, o.windows, length, masked, values, values, registers=registers)
 
     def conflicts(self) -> Iterator[Problem]:
         """What keys of the configuration cannot be together under this objective."""
@@ -133,7 +135,8 @@ class UnmaskedReconstruction(MaskedReconstruction):
 
     def tokens(self) -> Tokens:
         """One window that is the image, all of it predicted."""
-        return Tokens(self.patches, 1, self.patches + 1, self.patches, self.values, self.values)
+        n, values, registers = self.patches, self.values, self.config.model.registers
+        return Tokens(n, 1, 1 + registers + n, n, values, values, registers=registers)
 
     def mask_conflicts(self) -> Iterator[Problem]:
         """There are no windows to place."""
@@ -156,8 +159,9 @@ class VisibleReconstruction(MaskedReconstruction):
 
     def tokens(self) -> Tokens:
         """One window that is the image, its visible part in the encoder."""
-        n, values = self.patches, self.values
-        return Tokens(n, 1, n + 1, n - self.visible, values, values, visible=1 + self.visible)
+        n, values, registers = self.patches, self.values, self.config.model.registers
+        seen, prefix = self.visible, 1 + registers
+        return Tokens(n, 1, prefix + n, n - seen, values, values, visible=prefix + seen, registers=registers)
 
     def mask_conflicts(self) -> Iterator[Problem]:
         """Some patches must be visible and some hidden, and a decoder must bring both together."""

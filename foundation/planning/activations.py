@@ -160,7 +160,7 @@ def activations(config: Config, micro_batch: int, device: str = "cuda", autocast
     w, backends = widths(config.train.precision, device, autocast), attention_backends(config, device)
     sequences = micro_batch * t.windows
     encoder = Shape(row.dim, row.heads, t.encoded, sequences, relative(config))
-    narrow = Shape(decoder.width, decoder.heads, t.length, sequences, relative(config))
+    narrow = Shape(decoder.width, decoder.heads, t.decoded, sequences, relative(config))
     stacks = ((encoder, row.depth), (narrow, decoder.depth))
     parts = [(s, depth, backend) for (s, depth), backend in zip(stacks, backends, strict=False)]
     full = [block_bytes(s, w, backend, device) for s, _, backend in parts]
@@ -173,8 +173,9 @@ def activations(config: Config, micro_batch: int, device: str = "cuda", autocast
     masked = sequences * t.masked
     e, picture = w.element, config.data.image_size**2 * model.channels
     rest = micro_batch * (t.patches * row.dim + (picture if e < 4 else 0)) * e
-    rest += sequences * (t.length - 1 if t.visible is None else 8 * (t.visible - 1))  # the mask, or what is visible
-    rest += encoder.values * (w.norm + e) + 8 * sequences * t.encoded  # final norm, what takes its result
+    rest += sequences * (t.inside if t.visible is None else 8 * (t.visible - t.prefix))  # the mask, or what is visible
+    taken = sequences * (t.encoded - t.registers) * row.dim
+    rest += encoder.values * w.norm + taken * e + 8 * sequences * t.encoded  # final norm, what takes its result
     if decoder.depth:
         rest += narrow.values * e + masked * (decoder.width * (w.norm + e) + 8)  # gather, norm, prediction
     else:
@@ -197,4 +198,4 @@ def batch_bytes(config: Config, micro_batch: int) -> int:
     """
     t = tokens(config)
     picture = 4 * config.data.image_size**2 * config.model.channels
-    return micro_batch * (picture + t.windows * (t.masked * (4 * t.target + 8) + 8 * (t.length - 1)))
+    return micro_batch * (picture + t.windows * (t.masked * (4 * t.target + 8) + 8 * t.inside))

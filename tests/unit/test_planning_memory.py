@@ -104,6 +104,16 @@ def test_the_activation_formula_is_what_a_run_keeps_of_visible_patches(backend: 
     assert expected.positions == 0
 
 
+@pytest.mark.parametrize(("name", "depth"), [("sar-jepa", 2), ("lomar", 0), ("mae", 2)])
+def test_the_activation_formula_is_what_a_run_keeps_with_registers(name: str, depth: int) -> None:
+    decoder = {"width": 48, "depth": depth, "heads": 3}
+    model = {"attention": "dense", "registers": 8, "decoder": decoder}
+    positions = "sincos" if name == "mae" else "relative"
+    run = little(model={**model, "positions": positions}, objective={"name": name})
+    expected = activations(run, 4, "cpu")
+    assert kept_for_backward(run, 4) == pytest.approx(expected.blocks + expected.rest, rel=0.1)
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_the_activation_formula_is_what_a_run_keeps_with_a_linear_head(checkpointing: str) -> None:
     train = {"activation_checkpointing": checkpointing}
