@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from foundation.cli_bench import bench_app
+from foundation.cli_compare import compare_command
 from foundation.cli_plan import plan_command
 from foundation.cli_shards import shards_app
 from foundation.cli_text import console, print_table, show
@@ -27,6 +28,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 app.add_typer(shards_app, name="shards")
 app.add_typer(bench_app, name="bench")
 app.command("plan")(plan_command)
+app.command("compare")(compare_command)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to keys, e.g. optim.lr=3e-4 train.samples=100000")]
 Device = Annotated[str, typer.Option(help="Device, e.g. cpu or cuda")]

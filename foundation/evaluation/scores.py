@@ -69,8 +69,8 @@ def balanced_accuracy(y: Tensor, predicted: Tensor) -> float:
 METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {"accuracy": accuracy, "balanced accuracy": balanced_accuracy}
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Mean and the ends of its two-sided 95 % t-interval, cut to [0, 1]; the mean alone is its own interval."""
+def t_interval(values: Sequence[float], within: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float, float]:
+    """Mean and the ends of its two-sided 95 % t-interval, cut to `within`; the mean alone is its own interval."""
     from scipy.stats import t  # comes with scikit-learn
 
     n, mean = len(values), math.fsum(values) / len(values)
@@ -78,7 +78,7 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
         return mean, mean, mean
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
     half = float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
-    return mean, max(0.0, mean - half), min(1.0, mean + half)
+    return mean, max(within[0], mean - half), min(within[1], mean + half)
 
 
 def bootstrap(y: Tensor, predicted: Tensor, metric: str, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:

@@ -1,0 +1,1 @@
+"""Several pretrainings under one budget, judged alike: one table and one figure."""

@@ -1,0 +1,141 @@
+"""Scores of cells → what rows are worth: means over pretraining seeds, and differences from the first row, paired."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from foundation.comparing.cells import finished
+from foundation.comparing.plan import Cell, Comparison
+from foundation.config import config_hash
+from foundation.evaluation.panels import read_metrics, read_scores
+from foundation.evaluation.scores import Score, t_interval
+from foundation.evaluation.suite import RANDOM
+
+PRETRAINED = "pretrained"
+METRIC = "accuracy"
+
+
+@dataclass(frozen=True)
+class Value:
+    """A row (or control) under one protocol, all in [0, 1]: mean over seeds and its 95 % t-interval.
+
+    `values` by pretraining seed; of each, few-shot scores are means over draws. `difference` from the first row: mean
+    and 95 % interval of the differences seed by seed; None for the first row, and where there is one seed.
+    """
+
+    row: str
+    protocol: str
+    mean: float
+    low: float
+    high: float
+    values: tuple[float, ...]
+    difference: tuple[float, float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a comparison found; `missing` names cells without scores, `health` the last monitors of each row."""
+
+    protocols: tuple[str, ...]
+    rows: dict[str, list[Value]]
+    controls: dict[str, list[Value]]
+    health: dict[str, dict[str, float]]
+    missing: tuple[str, ...]
+    facts: dict[str, Any]
+
+
+def collect(comparison: Comparison) -> Results:
+    """Read the scores of every finished cell. Rows without any are left out; controls are those of the first row."""
+    scores = {(c.row, c.seed): _scores(c) for c in comparison.cells if finished(comparison, c)}
+    missing = tuple(c.config.name for c in comparison.cells if (c.row, c.seed) not in scores)
+    names = [row.name for row in comparison.spec.rows]
+    protocols = tuple(dict.fromkeys(s.protocol for found in scores.values() for s in found))
+    rows: dict[str, list[Value]] = {}
+    base: dict[str, dict[int, float]] = {}
+    for name in names:
+        by_seed = {seed: found for (row, seed), found in scores.items() if row == name}
+        for protocol in protocols if by_seed else ():
+            values = _values(by_seed, PRETRAINED, protocol)
+            rows.setdefault(name, []).append(_value(name, protocol, values, base.get(protocol) if base else None))
+            if name == names[0]:
+                base[protocol] = values
+    first = next(iter(rows), "")
+    by_seed = {seed: found for (row, seed), found in scores.items() if row == first}
+    controls = {
+        name: [_value(name, protocol, _values(by_seed, name, protocol), None) for protocol in protocols]
+        for name in dict.fromkeys(s.encoder for found in by_seed.values() for s in found if s.encoder != PRETRAINED)
+    }
+    health = {name: h for name in rows if (h := _health(comparison.of(name)))}
+    return Results(protocols, rows, controls, health, missing, facts(comparison))
+
+
+def _scores(cell: Cell) -> list[Score]:
+    return [s for s in read_scores(cell.config.run_folder) if s.metric == METRIC]
+
+
+def _values(by_seed: dict[int, list[Score]], encoder: str, protocol: str) -> dict[int, float]:
+    """The score of each seed; of a control that does not depend on seeds, one."""
+    found = {
+        seed: s.mean
+        for seed, scores in by_seed.items()
+        for s in scores
+        if (s.encoder, s.protocol) == (encoder, protocol)
+    }
+    if encoder not in (PRETRAINED, RANDOM) and len(set(found.values())) == 1:
+        return dict(list(found.items())[:1])
+    return found
+
+
+def _value(row: str, protocol: str, values: dict[int, float], base: dict[int, float] | None) -> Value:
+    if not values:
+        return Value(row, protocol, math.nan, math.nan, math.nan, ())
+    mean, low, high = t_interval(list(values.values()))
+    paired = [values[seed] - base[seed] for seed in values if seed in base] if base else []
+    difference = t_interval(paired, (-1.0, 1.0)) if len(paired) > 1 else None
+    return Value(row, protocol, mean, low, high, tuple(values.values()), difference)
+
+
+def _health(cells: Sequence[Cell]) -> dict[str, float]:
+    """The last monitors of a row's runs, means over seeds."""
+    last = [metrics[-1] for c in cells if (metrics := read_metrics(c.config.run_folder))]
+    keys = [k for k in ("feature_std", "rankme", "target_variance") if any(k in row for row in last)]
+    return {k: math.fsum(row[k] for row in last if k in row) / sum(k in row for row in last) for k in keys}
+
+
+def facts(comparison: Comparison) -> dict[str, Any]:
+    """What all rows share, what they differ in, and the hashes of their configurations."""
+    config, spec = comparison.cells[0].config, comparison.spec
+    return {
+        "encoder": f"{config.model.size}/{config.model.patch} at {config.data.image_size} px",
+        "samples": config.train.samples,
+        "global_batch": config.train.global_batch,
+        "seeds": list(spec.seeds),
+        "differing": list(comparison.differing),
+        "evaluate": spec.evaluate.model_dump(mode="json"),
+        "configurations": {c.config.name: config_hash(c.config) for c in comparison.cells},
+    }
+
+
+def rank_correlation(comparison: Comparison, results: Results, protocol: str) -> tuple[float, int] | None:
+    """Spearman's correlation of our scores with the published ones of the rows that have any, and how many: or None."""
+    from scipy.stats import spearmanr
+
+    published = {row.name: row.published for row in comparison.spec.rows if row.published is not None}
+    pairs = [
+        (published[name], value.mean)
+        for name, values in results.rows.items()
+        for value in values
+        if name in published and value.protocol == protocol and value.values
+    ]
+    if len(pairs) < 4:
+        return None
+    return float(spearmanr(*zip(*pairs, strict=True)).statistic), len(pairs)
+
+
+def to_json(results: Results) -> str:
+    """All of it."""
+    return json.dumps(asdict(results), indent=1)

@@ -1,0 +1,230 @@
+"""A comparison shares one budget or is refused, goes on where it was stopped, and says what its numbers are."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from foundation.comparing.cells import LOG, MARK, Outcome, command_line, finished, judged, run_all, run_cell
+from foundation.comparing.figure import comparison_figure
+from foundation.comparing.plan import Comparison, load
+from foundation.comparing.results import Results, Value, collect, rank_correlation
+from foundation.comparing.table import caption, cell, to_markdown
+from foundation.errors import CheckpointError, ConfigError
+from foundation.evaluation.scores import score, to_json
+
+ROWS = "[{name: SAR-JEPA, published: 70.3}, {name: Pixels (raw), overrides: [objective.name=lomar-sar]}]"
+
+
+@pytest.fixture
+def compared(tmp_path: Path, tiny_yaml: Path) -> Callable[..., Path]:
+    """`compared(rows="...", more="...")` → the file of a comparison of two tiny rows and two seeds."""
+
+    def write(rows: str = ROWS, more: str = "") -> Path:
+        path = tmp_path / "compared.yaml"
+        path.write_text(
+            f"name: pair\nconfig: {tiny_yaml.name}\nseeds: [0, 3]\nrows: {rows}\n"
+            f"evaluate: {{protocols: [knn, fewshot], shots: [2, 3], draws: 2}}\n{more}"
+        )
+        return path
+
+    return write
+
+
+def scored(comparison: Comparison, values: dict[str, list[float]]) -> None:
+    """Write the marks and scores of cells as if they had been run: one value per seed, of 100 test images."""
+    import torch
+
+    y = torch.zeros(100, dtype=torch.int64)
+    for c in comparison.cells:
+        value = values[c.row][comparison.spec.seeds.index(c.seed)]
+        wrong = torch.arange(100) >= round(100 * value)
+        controls = {"random-init": 0.10 + c.seed / 100, "background only": 0.2}
+        scores = [score("pretrained", "knn", "accuracy", y, [wrong.long()], (0,))]
+        scores += [
+            score(n, "knn", "accuracy", y, [(torch.arange(100) >= round(100 * v)).long()], (0,))
+            for n, v in controls.items()
+        ]
+        c.config.run_folder.mkdir(parents=True, exist_ok=True)
+        (c.config.run_folder / "scores.json").write_text(to_json(scores))
+        (c.config.run_folder / MARK).write_text(json.dumps(judged(comparison, c)))
+
+
+def test_cells_are_rows_times_seeds_in_folders_of_their_own(compared: Callable[..., Path], tmp_path: Path) -> None:
+    found = load(compared(), ["optim.lr=1e-3"])
+    assert [(c.row, c.seed, c.config.name) for c in found.cells] == [
+        ("SAR-JEPA", 0, "sar-jepa-seed0"),
+        ("SAR-JEPA", 3, "sar-jepa-seed3"),
+        ("Pixels (raw)", 0, "pixels-raw-seed0"),
+        ("Pixels (raw)", 3, "pixels-raw-seed3"),
+    ]
+    assert {c.config.optim.lr for c in found.cells} == {1e-3}
+    assert [c.config.seed for c in found.cells] == [0, 3, 0, 3]
+    assert found.folder == tmp_path / "runs" / "pair"
+    assert found.differing == ("objective.name",)
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "message"),
+    [
+        (
+            "[{name: A}, {name: B, overrides: [train.samples=64]}]",
+            "",
+            r"the rows do not share one budget: train\.samples: \d+ \(A\), 64 \(B\)",
+        ),
+        ("[{name: A}, {name: B, overrides: [model.size=tiny]}]", "", r"model\.size: nano \(A\), tiny \(B\)"),
+        ("[{name: A}, {name: B, overrides: [objective.name=nothing]}]", "", "row B: Found 1 error"),
+        ("[{name: A}]", "", "rows"),
+        ("[{name: A b}, {name: a-B}]", "", "twice: a-b"),
+        (ROWS, "seed: 3", "seed = 3: no such key; did you mean seeds"),
+        (ROWS, "differs: 3", "differs"),
+    ],
+)
+def test_what_is_not_a_fair_comparison_is_refused(
+    compared: Callable[..., Path], rows: str, more: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(compared(rows, more))
+
+
+def test_a_difference_that_is_named_is_allowed_and_told(compared: Callable[..., Path]) -> None:
+    rows = "[{name: A}, {name: B, overrides: [optim.lr=3e-3, objective.mask_ratio=0.5]}]"
+    found = load(compared(rows, "differs: [optim.lr]"))
+    assert found.differing == ("objective.mask_ratio", "optim.lr")
+    scored(found, {"A": [0.5, 0.6], "B": [0.7, 0.7]})
+    assert "Rows differ in objective.mask_ratio, optim.lr." in to_markdown(found, collect(found))
+
+
+def test_a_cell_is_trained_judged_and_not_done_twice(compared: Callable[..., Path]) -> None:
+    found = load(compared())
+    assert not finished(found, found.cells[2])
+    run = run_cell(found, 2)
+    assert finished(found, found.cells[2])
+    scores = {(s["encoder"], s["protocol"]) for s in json.loads((run / "scores.json").read_text())}
+    assert {("pretrained", "knn"), ("random-init", "3-shot linear"), ("background only", "knn")} <= scores
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
+    assert run_cell(found, 2) == run
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
+    results = collect(found)
+    assert list(results.rows) == ["Pixels (raw)"]
+    assert results.missing == ("sar-jepa-seed0", "sar-jepa-seed3", "pixels-raw-seed3")
+    assert "Not finished, so not in the table: sar-jepa-seed0, " in to_markdown(found, results)
+    other = load(compared(), ["optim.lr=5e-4"])
+    assert not finished(other, other.cells[2])
+    with pytest.raises(CheckpointError, match=r"holds a run with other values of: optim\.lr"):
+        run_cell(other, 2)
+
+
+def test_a_cell_that_is_not_there_is_an_error(compared: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match="there is no cell 4: this comparison has 4, counted from 0"):
+        run_cell(load(compared()), 4)
+
+
+STAND_IN = """
+import json, os, pathlib, sys
+root, cell = pathlib.Path(sys.argv[1]), int(sys.argv[-1])
+(root / f"seen-{cell}").write_text(os.environ["OMP_NUM_THREADS"])
+print("line of the log")
+if cell == 1:
+    sys.exit("this cell breaks")
+"""
+
+
+def test_a_cell_that_fails_does_not_stop_the_others_and_shows_its_last_lines(
+    compared: Callable[..., Path], tmp_path: Path
+) -> None:
+    found = load(compared())
+    scored(found, {"SAR-JEPA": [0.5, 0.5], "Pixels (raw)": [0.5, 0.5]})
+    (found.cells[1].config.run_folder / MARK).unlink()
+    (found.cells[3].config.run_folder / MARK).write_text("{}")  # of other settings
+    script = tmp_path / "stand_in.py"
+    script.write_text(STAND_IN)
+    told: list[Outcome] = []
+    run_all(found, [sys.executable, str(script), str(tmp_path)], 2, told.append)
+    assert sorted(o.number for o in told) == [1, 3]
+    assert sorted(p.name for p in tmp_path.glob("seen-*")) == ["seen-1", "seen-3"]
+    broken = next(o for o in told if o.number == 1)
+    assert not broken.finished
+    assert "this cell breaks" in broken.lines
+    assert "line of the log" in (found.cells[3].config.run_folder / LOG).read_text()
+
+
+def test_the_command_of_a_cell_carries_file_overrides_and_device() -> None:
+    line = command_line(Path("a b.yaml"), ["train.samples=8"], "cpu")
+    assert line == [sys.executable, "-m", "foundation", "compare", "a b.yaml", "train.samples=8", "--device", "cpu"]
+
+
+def test_values_are_means_over_seeds_and_differences_are_paired(compared: Callable[..., Path], tmp_path: Path) -> None:
+    found = load(compared())
+    scored(found, {"SAR-JEPA": [0.50, 0.60], "Pixels (raw)": [0.42, 0.51]})
+    results = collect(found)
+    first, second = results.rows["SAR-JEPA"][0], results.rows["Pixels (raw)"][0]
+    assert first.mean == pytest.approx(0.55)
+    assert first.difference is None
+    assert second.values == (0.42, 0.51)
+    assert second.difference is not None
+    mean, low, high = second.difference
+    assert mean == pytest.approx(-0.085)
+    half = 12.706 * math.sqrt(2 * 0.005**2) / math.sqrt(2)  # t of one degree of freedom, deviation of (-0.08, -0.09)
+    assert (low, high) == (pytest.approx(-0.085 - half, abs=1e-4), pytest.approx(-0.085 + half, abs=1e-4))
+    assert results.controls["random-init"][0].values == (0.10, 0.13)
+    assert results.controls["background only"][0].values == (0.2,)
+    text = to_markdown(found, results)
+    assert "| SAR-JEPA | 55.0 ± " in text
+    assert "| *background only* | 20.0 |" in text
+    assert comparison_figure(results, tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(json.dumps(results.facts))["seeds"] == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("difference", "words"),
+    [
+        ((0.02, 0.01, 0.03), "(+2.0, better)"),
+        ((-0.02, -0.03, -0.01), "(-2.0, worse)"),
+        ((0.02, -0.01, 0.05), "(+2.0, no difference shown)"),
+    ],
+)
+def test_a_verdict_needs_an_interval_without_zero(difference: tuple[float, float, float], words: str) -> None:
+    assert cell(Value("B", "knn", 0.5, 0.4, 0.6, (0.5, 0.5), difference)) == f"50.0 ± 10.0 {words}"
+    assert cell(Value("B", "knn", math.nan, math.nan, math.nan, ())) == "-"
+
+
+def test_ranks_are_put_beside_published_ones_where_there_are_four(compared: Callable[..., Path]) -> None:
+    rows = "[" + ", ".join(f"{{name: R{i}, published: {70 - i}}}" for i in range(4)) + ", {name: other}]"
+    found = load(compared(rows))
+
+    def results(means: list[float]) -> Results:
+        values = {f"R{i}": [Value(f"R{i}", "knn", m, m, m, (m,))] for i, m in enumerate(means)}
+        return Results(("knn",), values, {}, {}, (), collect(found).facts)
+
+    assert rank_correlation(found, results([0.4, 0.3, 0.2, 0.1]), "knn") == (1.0, 4)
+    assert rank_correlation(found, results([0.4, 0.3, 0.2]), "knn") is None
+    lines = caption(found, results([0.1, 0.2, 0.3, 0.4]))
+    assert any(
+        re.search(r"Spearman's correlation of knn with the published column: -1\.00 over 4 rows", x) for x in lines
+    )
+
+
+def test_the_command_lists_runs_one_cell_and_collects(
+    compared: Callable[..., Path], command: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = compared()
+    listed = command("compare", path, "--list")
+    assert "sbatch --array=0-3 --wrap" in listed.out
+    assert "no run is finished" in command("compare", path, "--collect").out
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
+    assert "there is no cell 7" in command("compare", path).err
+    monkeypatch.delenv("SLURM_ARRAY_TASK_ID")
+    found = load(path)
+    scored(found, {"SAR-JEPA": [0.50, 0.60], "Pixels (raw)": [0.42, 0.51]})
+    done = command("compare", path)
+    assert done.code in (0, None)
+    assert "4 of 4 runs are finished" in done.out
+    assert (found.folder / "comparison.md").exists()
+    assert (found.folder / "comparison.png").exists()
