@@ -16,6 +16,7 @@ from rich.markup import escape
 from foundation.cli_bench import bench_app
 from foundation.cli_compare import compare_command
 from foundation.cli_plan import plan_command
+from foundation.cli_robustness import drift_command, robustness_command
 from foundation.cli_shards import shards_app
 from foundation.cli_text import console, print_table, show
 from shards.errors import ExplainedError
@@ -29,6 +30,8 @@ app.add_typer(shards_app, name="shards")
 app.add_typer(bench_app, name="bench")
 app.command("plan")(plan_command)
 app.command("compare")(compare_command)
+app.command("robustness")(robustness_command)
+app.command("drift")(drift_command)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to keys, e.g. optim.lr=3e-4 train.samples=100000")]
 Device = Annotated[str, typer.Option(help="Device, e.g. cpu or cuda")]
@@ -120,6 +123,7 @@ def evaluate(
     ema: Annotated[bool, typer.Option(help="Take the running average of the weights (optim.ema_half_life)")] = False,
 ) -> None:
     """Score an encoder, beside the untrained encoder and the background-only control."""
+    from foundation.evaluation.leakage import warnings
     from foundation.evaluation.runs import evaluate_run
     from foundation.evaluation.scores import to_table
 
@@ -139,6 +143,8 @@ def evaluate(
             progress=lambda done, total: status.update(f"features of {done:,} of {total:,} images"),
         )
     console.print(to_table(scores))
+    for line in warnings(scores):
+        console.print(f"[bold red]{escape(line)}[/]", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -81,8 +81,10 @@ class DataConfig(Section):
         default={}, description="amplitude rules of sources that differ from the ones they were packed with"
     )
     held_out: tuple[str, ...] = Field(default=(), description="more catalogs whose test images must not be learnt")
-    overlap: Literal["refuse", "allow"] = Field(
-        default="refuse", description="what to do about images or scenes of a test split among those to learn from"
+    overlap: Literal["refuse", "identical", "allow"] = Field(
+        default="refuse",
+        description="images, near copies or scenes of a test split among those to learn from: refuse, allow, or refuse "
+        "all but near copies (identical; near copies cost 10 s per million images)",
     )
     corrupt: Literal["replace", "stop"] = Field(
         default="replace", description="damaged sample: take the next valid one of its block and list it, or stop"

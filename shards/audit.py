@@ -138,21 +138,68 @@ def shared_scenes(learnt: Catalog, tested: Catalog) -> list[SharedScene]:
     return _shared(_scenes(learnt.sources, learnt), _scenes(tested.sources, tested))
 
 
-def refuse_overlap(learnt: Catalog, tested: Catalog) -> None:
-    """Raise DataError when an image to learn from is also a test image, or comes from the scene of one."""
+@dataclass(frozen=True)
+class Copies:
+    """Test images that look like copies of others to learn from: «learnt ~ tested», and how many could not be compared.
+
+    `learnt_without` and `tested_without` count images that were packed without a descriptor.
+    """
+
+    names: tuple[str, ...]
+    learnt_without: int
+    tested_without: int
+
+
+def near_overlap(learnt: Catalog, tested: Catalog) -> Copies:
+    """Near duplicates across the two catalogs, for each test image the closest; identical images are not among them.
+
+    About ten seconds of one core per million images to learn from, which are read shard by shard (shards.likeness).
+    """
+    columns = ["sha256", "from", "likeness"]
+    test = tested.table(columns)
+    index = likeness.Index(_descriptors(test["likeness"]))
+    known, best, without = test["sha256"].to_pylist(), dict[int, tuple[float, str]](), 0
+    identical = set[int]()
+    for table in learnt.tables(columns):
+        without += table["likeness"].null_count
+        for i, j, distance in index.near(_descriptors(table["likeness"])):
+            if table["sha256"][i].as_py() == known[j]:
+                identical.add(j)
+            elif distance < best.get(j, (np.inf, ""))[0]:
+                best[j] = distance, f"{table['source'][i]}: {table['from'][i]}"
+    names = [f"{best[j][1]} ~ {test['source'][j]}: {test['from'][j]}" for j in sorted(best.keys() - identical)]
+    return Copies(tuple(names), without, test["likeness"].null_count)
+
+
+def _descriptors(column: pa.ChunkedArray) -> np.ndarray:
+    """Descriptors uint8 [N, 128]; a sample without one gets zeros."""
+    empty = bytes(likeness.BYTES)
+    return np.frombuffer(b"".join(d or empty for d in column.to_pylist()), np.uint8).reshape(-1, likeness.BYTES)
+
+
+def refuse_overlap(learnt: Catalog, tested: Catalog, near: bool = True) -> None:
+    """Raise DataError when an image to learn from is also a test image or comes from the scene of one.
+
+    With `near`, also when it looks like a copy of one: with another gain, mirrored, turned, compressed.
+    """
     images, shared = overlap(learnt, tested), shared_scenes(learnt, tested)
-    scenes = [str(scene) for scene in shared]
-    found = {"images": images, "scenes": scenes}
-    if images or scenes:
-        what = [f"{len(names)} {kind} to learn from are also test {kind}" for kind, names in found.items() if names]
-        names = [*images[:3], *scenes[:3]]
-        source = images[0].partition(":")[0] if images else next(iter(shared[0].learnt))
-        raise DataError(
-            "; ".join(what),
-            where="; ".join(names) + ("; ..." if len(names) < len(images) + len(scenes) else ""),
-            do=f"leave them out, e.g. data.filter=\"source != '{source}'\", or accept it with data.overlap=allow; "
-            "scores on what was learnt mean nothing",
-        )
+    copies = near_overlap(learnt, tested).names if near else ()
+    found: dict[str, Sequence[str]] = {"images": images, "scenes": [str(scene) for scene in shared]}
+    what = [f"{len(names)} {kind} to learn from are also test {kind}" for kind, names in found.items() if names]
+    if copies:
+        what.append(f"{len(copies)} test images look like copies of images to learn from")
+    if not what:
+        return
+    kinds = (*found.values(), copies)
+    names = [name for kind in kinds for name in kind[:3]]
+    source = next(iter(shared[0].learnt)) if shared and not images else names[0].partition(":")[0]
+    accept = "data.overlap=allow" + (" or, if they are no copies, with data.overlap=identical" if copies else "")
+    raise DataError(
+        "; ".join(what),
+        where="; ".join(names) + ("; ..." if len(names) < sum(map(len, kinds)) else ""),
+        do=f"leave them out, e.g. data.filter=\"source != '{source}'\", or accept it with {accept}; "
+        "scores on what was learnt mean nothing",
+    )
 
 
 def audit(catalog: Catalog, against: Sequence[Catalog] = (), *, near: bool = True) -> Findings:
@@ -227,9 +274,7 @@ class _Rows:
 
     def likeness(self, rows: np.ndarray) -> np.ndarray:
         """Descriptors uint8 [len(rows), 128]; a sample without one gets zeros."""
-        found = self.table["likeness"].take(rows).to_pylist()
-        empty = bytes(likeness.BYTES)
-        return np.frombuffer(b"".join(d or empty for d in found), np.uint8).reshape(-1, likeness.BYTES)
+        return _descriptors(self.table["likeness"].take(rows))
 
     def places(self, rows: Sequence[int] | np.ndarray) -> list[Place]:
         """Where these rows are."""

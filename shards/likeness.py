@@ -28,6 +28,8 @@ TABLES = 48
 _SIDE = 16  # frequencies along each axis
 _SMALLEST = 8  # shorter chips have too few coefficients to tell pictures apart: they get no likeness
 _STEP = 0.25  # standard deviations of its ring that one of the 16 levels of a coefficient spans
+_HASHED = np.uint64(2**18 - 1)  # of a key these bits are looked up first
+_PART = 16_384  # chips to learn from that are compared with a test set at a time
 _WINDOW = 16  # of a hash bucket, each chip is compared with so many neighbours
 _U, _V = np.mgrid[:_SIDE, :_SIDE]
 _RING = np.minimum(np.digitize(np.hypot(_U, _V), (0.5, 4.0, 8.0, 12.0, 16.0)), 5)  # ring 0: the mean, not used
@@ -74,6 +76,64 @@ def pairs(
     return [(int(i), int(j), max(0.0, round(float(d), 4))) for i, j, d in rows]
 
 
+class Index:
+    """Descriptors of a test set (uint8 [T, 128]), ready to be compared with those of any number of chips to learn from.
+
+    Unlike `pairs` it never compares chips to learn from with each other: time grows with their number, memory only with
+    T and the chips compared at a time.
+    """
+
+    def __init__(self, tested: np.ndarray, threshold: float = THRESHOLD, tables: int = TABLES) -> None:
+        packed = np.ascontiguousarray(tested).reshape(-1, BYTES)
+        self.threshold = threshold
+        self._present = np.flatnonzero(packed.any(1))
+        self._codes = _unpack(packed[self._present])
+        self._places = _places(tables)
+        self._bits = max(16, int(2 * len(self._codes)).bit_length() + 8)
+        negative = _signs(self._codes)
+        self._tables = []
+        for places in self._places if len(self._codes) else ():
+            keys = np.concatenate([_hash(signs, *places, self._bits) for signs in (negative, _transposed(negative))])
+            order = np.argsort(keys, kind="stable")
+            occupied = np.zeros(int(_HASHED) + 1, bool)
+            occupied[keys & _HASHED] = True
+            self._tables.append((keys[order], order % len(self._codes), occupied))
+
+    def near(self, learnt: np.ndarray) -> list[tuple[int, int, float]]:
+        """(i, j, distance <= threshold) of chips to learn from (uint8 [N, 128]) and tested ones, by i, then distance.
+
+        Of more than 16 tested chips that are alike, some are found.
+        """
+        packed = np.ascontiguousarray(learnt).reshape(-1, BYTES)
+        found: list[tuple[int, int, float]] = []
+        for start in range(0, len(packed), _PART):
+            part = packed[start : start + _PART]
+            present = np.flatnonzero(part.any(1))
+            codes = _unpack(part[present])
+            first, second = self._candidates(_signs(codes))
+            distance = _distances(codes[first], self._codes[second])
+            kept = np.flatnonzero(distance <= self.threshold)
+            kept = kept[np.lexsort((distance[kept], first[kept]))]
+            rows = zip(present[first[kept]], self._present[second[kept]], distance[kept], strict=True)
+            found += [(int(i) + start, int(j), max(0.0, round(float(d), 4))) for i, j, d in rows]
+        return found
+
+    def _candidates(self, negative: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (learnt, tested) that share a hash bucket of any table."""
+        n, pairs = len(self._codes), [np.empty(0, np.int64)]
+        for places, (keys, rows, occupied) in zip(self._places, self._tables, strict=False):  # none: nothing is tested
+            wanted = _hash(negative, *places, self._bits)
+            hit = np.flatnonzero(occupied[wanted & _HASHED])  # most chips end here
+            at = np.searchsorted(keys, wanted[hit])
+            for step in range(_WINDOW):
+                inside = at + step < len(keys)
+                hit, at = hit[inside], at[inside]
+                same = keys[at + step] == wanted[hit]
+                hit, at = hit[same], at[same]
+                pairs.append(hit * n + rows[at + step])
+        return np.divmod(np.unique(np.concatenate(pairs)), max(n, 1))
+
+
 @lru_cache(64)
 def _cosines(length: int) -> np.ndarray:
     """The lowest DCT-II basis vectors of this length, float64 [16, length]."""
@@ -105,12 +165,11 @@ def _unpack(packed: np.ndarray) -> np.ndarray:
 def _candidates(codes: np.ndarray, tables: int) -> tuple[np.ndarray, np.ndarray]:
     """Row numbers (first < second) of all pairs that fall into the same hash bucket of a table."""
     n = len(codes)
-    negative = np.ascontiguousarray((codes < 0).transpose(1, 2, 0))
+    negative = _signs(codes)
     prefix = max(12, int(2 * n).bit_length() + 2)
-    rng = np.random.default_rng(0)
     found = [np.empty(0, np.int64)]
-    for _ in range(tables if n > 1 else 0):
-        keys = _keys(negative, prefix + 8, rng)
+    for places in _places(tables if n > 1 else 0):
+        keys = np.concatenate([_hash(signs, *places, prefix + 8) for signs in (negative, _transposed(negative))])
         order = np.argsort(keys)
         buckets, rows = keys[order] >> np.uint64(8), order % n
         for step in range(1, min(_WINDOW, 2 * n - 1) + 1):
@@ -123,24 +182,39 @@ def _candidates(codes: np.ndarray, tables: int) -> tuple[np.ndarray, np.ndarray]
     return first, second
 
 
-def _keys(negative: np.ndarray, bits: int, rng: np.random.Generator) -> np.ndarray:
-    """Hash keys uint64 [2N] of signs [16, 16, N] at random places: of the chips, then of the chips transposed.
+def _signs(codes: np.ndarray) -> np.ndarray:
+    """Whether coefficients [N, 16, 16] are negative, those of one frequency side by side: bool [16, 16, N]."""
+    return np.ascontiguousarray((codes < 0).transpose(1, 2, 0))
+
+
+def _transposed(negative: np.ndarray) -> np.ndarray:
+    return negative.transpose(1, 0, 2)
+
+
+def _places(tables: int) -> list[tuple[int, int, list[int]]]:
+    """For each table an odd and an even frequency, and all places but (0, 0) and those two in an order of its own."""
+    rng, found = np.random.default_rng(0), []
+    for _ in range(tables):
+        u, v = 2 * int(rng.integers(_SIDE // 2)) + 1, 2 * int(rng.integers(_SIDE // 2))
+        places = rng.permutation(_SIDE * _SIDE)
+        found.append((u, v, [int(p) for p in places if p not in (0, u * _SIDE + v, v * _SIDE + u)]))
+    return found
+
+
+def _hash(signs: np.ndarray, u: int, v: int, places: Sequence[int], bits: int) -> np.ndarray:
+    """Hash keys uint64 [N] of signs [16, 16, N] at the first `bits` places.
 
     A flip changes all signs of odd rows (or columns) at once: two of the signs are made positive, so no flip matters.
     """
-    u, v = 2 * int(rng.integers(_SIDE // 2)) + 1, 2 * int(rng.integers(_SIDE // 2))
-    places = [int(p) for p in rng.permutation(_SIDE * _SIDE) if p not in (0, u * _SIDE + v, v * _SIDE + u)]
-    n = negative.shape[2]
-    keys = np.zeros(2 * n, np.uint64)
-    for half, signs in ((keys[:n], negative), (keys[n:], negative.transpose(1, 0, 2))):
-        rows, columns = signs[u, v], signs[v, u]
-        for place in places[:bits]:
-            i, j = divmod(place, _SIDE)
-            bit = signs[i, j]
-            bit = bit ^ rows if i % 2 else bit
-            bit = bit ^ columns if j % 2 else bit
-            half <<= np.uint64(1)
-            half |= bit
+    keys = np.zeros(signs.shape[2], np.uint64)
+    rows, columns = signs[u, v], signs[v, u]
+    for place in places[:bits]:
+        i, j = divmod(place, _SIDE)
+        bit = signs[i, j]
+        bit = bit ^ rows if i % 2 else bit
+        bit = bit ^ columns if j % 2 else bit
+        keys <<= np.uint64(1)
+        keys |= bit
     return keys
 
 

@@ -1,15 +1,20 @@
-"""Controls: what a score is worth is what it adds to an untrained encoder and to a look at the background alone."""
+"""Controls: a score is worth what it adds to an untrained encoder, to pixels and to a look at the background alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from foundation.evaluation.features import Listing
 from shards.augment import values
 
+PIXELS = "pixels-PCA"
+WINDOW, SIDE = 64, 32  # the pixel control looks at the centre of a chip, where its target is, at half the resolution
 CORNER = 40 / 128
 NUMBERS = (
     "log mean", "log deviation", "log 10th percentile", "log median", "log 90th percentile", "coefficient of variation",
@@ -54,11 +59,58 @@ def listing_background(samples: Listing, crop: int | None = None) -> Tensor:
 
     The crop is skipped along an axis that is not longer than it.
     """
-    return background_features(
-        centre(values(pixels.float()[None], scale[None], decibels[None])[0], crop)
-        for part in samples.batches(64)
-        for pixels, scale, decibels in zip(part.pixels, part.scale, part.decibels, strict=True)
-    )
+    return background_features(_native(samples, crop))
+
+
+def _native(samples: Listing, crop: int | None) -> Iterable[Tensor]:
+    """The samples one by one at native resolution, after the centre crop: values in [0, 1] fp32 [C, H, W]."""
+    for part in samples.batches(64):
+        for pixels, scale, decibels in zip(part.pixels, part.scale, part.decibels, strict=True):
+            yield centre(values(pixels.float()[None], scale[None], decibels[None])[0], crop)
+
+
+def pca_features(train: Listing, test: Listing, crop: int | None, components: int = 100) -> tuple[Tensor, Tensor]:
+    """The pixel control of train and test samples: fp32 [N, D] each, D = min(components, N_train, 1024).
+
+    Principal components of `pixel_features`, fitted on TRAIN alone, not whitened.
+    """
+    seen = pixel_features(train, crop)
+    basis = PixelComponents.fit(seen, components)
+    return basis.project(seen), basis.project(pixel_features(test, crop))
+
+
+def pixel_features(samples: Listing, crop: int | None = None) -> Tensor:
+    """Logarithms of the middle of each sample: fp32 [N, 1024].
+
+    The centre 64 x 64 pixels of the centre crop (or as many as there are), the mean of the channels, averaged to
+    32 x 32; ln(value + 1/255).
+    """
+    small = [adaptive_avg_pool2d(centre(image, WINDOW), SIDE).mean(0).flatten() for image in _native(samples, crop)]
+    return (torch.stack(small) + 1 / 255).log()
+
+
+@dataclass(frozen=True)
+class PixelComponents:
+    """Principal axes of the pixels of training samples; the same numbers in every call (full SVD, signs fixed)."""
+
+    fitted: Any
+
+    @classmethod
+    def fit(cls, train: Tensor, components: int = 100) -> PixelComponents:
+        """Axes of `train` [N, P]: min(components, N, P) of them."""
+        from sklearn.decomposition import PCA
+
+        return cls(PCA(min(components, *train.shape), svd_solver="full").fit(train.double().numpy()))
+
+    def project(self, samples: Tensor) -> Tensor:
+        """Coordinates of `samples` [M, P] on the axes, relative to the mean of the training samples: fp32 [M, D].
+
+        Axes along which the training samples do not differ give 0: N samples span at most N - 1 directions, and a
+        classifier that standardises would blow up what test samples have in the others.
+        """
+        spread = torch.from_numpy(self.fitted.explained_variance_)
+        found = torch.from_numpy(self.fitted.transform(samples.double().numpy()))
+        return (found * (spread > 1e-12 * spread.max())).float()
 
 
 def centre(image: Tensor, crop: int | None) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from foundation.config import Config
 from foundation.errors import CheckpointError, ConfigError, DataError
-from foundation.evaluation import fewshot
+from foundation.evaluation import fewshot, leakage
 from foundation.evaluation.features import Progress
 from foundation.evaluation.panels import SCORES, read_scores, write_run_report
 from foundation.evaluation.scores import Score, to_json, to_markdown
@@ -21,7 +21,6 @@ from foundation.interchange import load_encoder, random_encoder
 from foundation.training import checkpoint
 from foundation.training.data import cache, ruled, training_catalog
 from foundation.training.mlflow_sink import MlflowSink
-from shards.audit import overlap
 from shards.catalog import Catalog
 from shards.catalog import load as load_catalog
 
@@ -57,7 +56,7 @@ def evaluate_run(
         "weights": f"{state['position']:,} samples" + ", averaged" * averaged,
         "data": f"{os.path.basename(os.path.abspath(data))} {tested.select('test').fingerprint[:8]}",
         "train_data": catalog.select("train").fingerprint,
-        "pretrained_on_test_images": leaked(pictures, tested.select("test")),
+        **leaked(run_folder(path), pictures, tested.select("test"), state.get("fingerprint")),
         "random_init": f"one initialisation, seed {config.seed}; the interval does not cover it",
     }
     found = evaluate(
@@ -92,9 +91,9 @@ def training_data(config: Config) -> Catalog | None:
         return None
 
 
-def leaked(learnt: Catalog | None, tested: Catalog) -> int | str:
-    """How many test images were among the pretraining images, by content hash."""
-    return "not checked: the pretraining catalog is not at hand" if learnt is None else len(overlap(learnt, tested))
+def leaked(run: Path, learnt: Catalog | None, tested: Catalog, fingerprint: str | None) -> dict[str, Any]:
+    """Which test images were among the pretraining images; kept in the run's `leakage.json` and with its scores."""
+    return leakage.record(run, leakage.find(learnt, tested, fingerprint), tested)
 
 
 def measurement(score: Score) -> tuple[Any, ...]:

@@ -58,18 +58,18 @@ def ruled(catalog: Catalog, data: DataConfig, *, known: bool = False) -> Catalog
 
 
 def open_data(config: Config, *, check: bool = True) -> Catalog:
-    """The training data, after a check (if `check`) that no test split holds any of its images or scenes.
+    """The training data, after a check (if `check`) that no test split holds its images, copies of them or its scenes.
 
     Tested are the test splits of its own catalogs and of `data.held_out`, and all of a held-out catalog that has none.
     Raises ConfigError, and DataError for a catalog that cannot be used or leaks.
     """
     data, learnt = config.data, training_catalog(config)
-    if check and data.overlap == "refuse":
+    if check and data.overlap != "allow":
         for root in (*data.catalog, *data.held_out):
             tested = load(root, cache=cache(data))
             has_test = any(source.split == "test" for source in tested.sources)
             if has_test or root in data.held_out:
-                refuse_overlap(learnt, tested.select("test") if has_test else tested)
+                refuse_overlap(learnt, tested.select("test") if has_test else tested, data.overlap == "refuse")
     return learnt
 
 
@@ -135,6 +135,9 @@ def coverage(config: Config, catalog: Catalog) -> list[str]:
         f"data: {catalog.samples:,} samples in {len(catalog.sources)} sources, fingerprint {catalog.fingerprint[:12]}, "
         f"{end / catalog.samples:.1f} passes"
     ]
+    if data.overlap != "refuse":
+        what = "near copies" if data.overlap == "identical" else "images, near copies and scenes"
+        lines.append(f"data: {what} of test splits were not looked for (data.overlap={data.overlap})")
     if data.weights:
         total = sum(data.weights.values())
         for source in catalog.sources:
