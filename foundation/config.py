@@ -281,6 +281,42 @@ class TrainConfig(Section):
         return value
 
 
+class MonitorConfig(Section):
+    """What is looked at beside the loss: whether features collapse, and what labelled images say of them."""
+
+    every: int | None = Field(
+        default=None, ge=1, description="samples between two looks at the features; null: at every checkpoint"
+    )
+    images: int = Field(default=256, ge=0, description="images that are looked at, always the same; 0: none")
+    catalog: str | None = Field(
+        default=None,
+        min_length=1,
+        description="catalog (folder or URL) of those images; null: the first ones of the run",
+    )
+    on_collapse: Literal["warn", "stop"] = Field(default="warn", description="one line, or the end of the run")
+    min_feature_std: float = Field(
+        default=0.003, ge=0, description="collapsed below: deviation of features over images, 1 on a sphere, 0 equal"
+    )
+    min_rankme: float = Field(default=1.03, ge=0, description="collapsed below: effective rank of the features")
+    min_target_variance: float = Field(
+        default=1e-8, ge=0, description="collapsed below: variance of the target over images and positions"
+    )
+    probe: str | None = Field(
+        default=None,
+        min_length=1,
+        description="catalog whose labelled train split is to judge the features while they are learnt; null: none",
+    )
+    probe_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="samples between two probes; null: at every checkpoint, so that the best is kept",
+    )
+    probe_images: int = Field(
+        default=1000, ge=2, description="labelled images to learn from, and as many others to be judged by"
+    )
+    probe_linear: bool = Field(default=False, description="a logistic regression beside the nearest neighbours")
+
+
 class TrackingConfig(Section):
     """Where the numbers of a run go, beside metrics.jsonl."""
 
@@ -308,6 +344,7 @@ class Config(Section):
     objective: ObjectiveConfig = Field(default=ObjectiveConfig(), description="task")
     optim: OptimConfig = Field(default=OptimConfig(), description="optimiser")
     train: TrainConfig = Field(default=TrainConfig(), description="run")
+    monitor: MonitorConfig = Field(default=MonitorConfig(), description="looks at the features")
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="records")
 
     @property

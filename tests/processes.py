@@ -25,9 +25,10 @@ model: {{size: nano, patch: 8, decoder: {{width: 24, depth: 1, heads: 2}}}}
 objective: {{windows: 2, window: 5, radii: [3, 5]}}
 optim: {{lr: 2e-2, warmup_samples: 16}}
 train: {{samples: 96, global_batch: 8, log_every: 8, checkpoint_every: 16, keep: 100}}
+monitor: {{images: 8}}
 tracking: {{mlflow: false}}
 """
-MEASURED = ("time", "images_per_s", "data_wait", "peak_rss_gb", "peak_device_gb", "checkpoint_stall_s")
+MEASURED = ("time", "images_per_s", "data_wait", "peak_rss_gb", "peak_device_gb", "checkpoint_stall_s", "monitor_s")
 
 
 def start(*arguments: object, program: tuple[str, ...] = ("-m", "foundation")) -> subprocess.Popen[str]:

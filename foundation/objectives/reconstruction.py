@@ -120,6 +120,10 @@ class MaskedReconstruction:
         parts = {f"loss_{name}": value for name, value in zip(self.names, per_map.detach(), strict=True)}
         return per_map.mean(), parts
 
+    def compared(self, prediction: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """What the loss compares: predicted and target values, both [..., out]."""
+        return prediction, inputs.target
+
     def predict(self, model: Any, images: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
         """For figures: target maps [B, M, H / cell, W / cell], and the predictions [B, W, m, out] of what is asked."""
         return self.target.maps(images), model(images, *masks)
@@ -222,6 +226,11 @@ class LearnedFusion(MaskedReconstruction):
         loss, parts = super().loss(predicted, inputs._replace(target=self.fuse(inputs.target, weights)))
         shares = zip(self.fused, weights.detach(), strict=True)
         return loss, parts | {f"fusion_{name}": share for name, share in shares}
+
+    def compared(self, prediction: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
+        """The target as it is fused now."""
+        predicted, weights = prediction
+        return predicted, self.fuse(inputs.target, weights)
 
     def predict(self, model: Any, images: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
         """Target maps fused by the model's weights, and its predictions."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -76,6 +77,21 @@ def prepare(model: nn.Module, train: TrainConfig) -> nn.Module:
         if train.compile:
             forward = torch.compile(forward)
         unit.forward = forward
+    return model
+
+
+def with_features(model: nn.Module) -> nn.Module:
+    """Let `model(images, features=True)` give the pooled features [B, dim] of its encoder, any other call predictions.
+
+    By the model's own call, since engines gather pieces of it around that call and around no other. Only `forward` is
+    replaced, as by `prepare`.
+    """
+    predict = model.forward
+
+    def forward(*arguments: Any, features: bool = False, **named: Any) -> Any:
+        return model.get_submodule("encoder")(*arguments) if features else predict(*arguments, **named)
+
+    model.forward = forward
     return model
 
 

@@ -55,11 +55,12 @@ from foundation.training.committed import (
     write,
 )
 from foundation.training.pieces import Reader, Writer
+from foundation.training.pins import Score, best, is_best, settle, write_pin
 from foundation.training.places import Location, Place, place
 from foundation.training.ranks import ALONE, OtherRankError, Ranks, everywhere, together
 from shards.errors import DataError
 
-__all__ = ["check_tensors", "latest", "load", "read", "restore", "save", "shapes"]
+__all__ = ["best", "check_tensors", "latest", "load", "read", "restore", "save", "shapes"]
 
 log = logging.getLogger(__name__)
 # Not around each save: filters belong to the whole process, and saves happen in a thread.
@@ -75,16 +76,20 @@ def save(
     keep: int = 3,
     keep_every: int | None = None,
     ranks: Ranks = ALONE,
+    score: Score | None = None,
 ) -> Location:
     """Write the checkpoint of `position` (samples seen) below a folder or URL, all `ranks` together; returns where.
 
     `tensors` are plain (equal on all ranks) or DTensors; `state` holds JSON values. Afterwards the newest `keep`
-    checkpoints, those at multiples of `keep_every` samples, those with a file PIN and this one remain. Raises
+    checkpoints, those at multiples of `keep_every` samples, those with a file PIN and this one remain. With
+    a `score` (of rank 0) that is the best so far this one is pinned, instead of the one that was. Raises
     CheckpointError on every rank when one of them cannot write; earlier checkpoints are untouched then.
     """
     first, folder, name = ranks.rank == 0, place(location), f"{PREFIX}{position:012d}"
+    leads = False
     try:
         with _explained(position, folder / name, ranks):
+            leads = everywhere(ranks, lambda: first and score is not None and is_best(folder, name, score))
             draft, mark = together(ranks, lambda: _begin(folder, name, state) if first else ("", ""))[0]
             written = _write(tensors, folder / draft / f"{TENSORS}{mark}", ranks)
             everyones = ranks.gather({f"{TENSORS}{mark}/{file}": facts for file, facts in written.items()})
@@ -92,6 +97,8 @@ def save(
             def finish() -> None:
                 files = {file: facts for each in everyones for file, facts in each.items()}
                 files[f"{STATE}{mark}.json"] = write(folder / draft / f"{STATE}{mark}.json", _text(state))
+                if leads and score:
+                    write_pin(folder / draft, score)
                 commit(folder / draft, folder, name, files)
 
             everywhere(ranks, lambda: finish() if first else None)
@@ -103,6 +110,8 @@ def save(
         raise
     if first:
         try:
+            if score:
+                settle(folder, name, leads)
             tidy(folder, name, keep, keep_every)
         except Failure as error:
             log.warning("old checkpoints in %s could not be removed: %s", folder, said(error))

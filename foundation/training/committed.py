@@ -19,6 +19,7 @@ from shards.errors import DataError
 FORMAT = 2
 PREFIX = "samples-"
 TENSORS, STATE = "tensors", "state"
+PIN = "PIN"  # a file in a checkpoint that retention leaves alone
 Facts = Mapping[str, Any]  # of a file: bytes and sha256
 Failure = (OSError, DataError)  # of a folder, of an object store
 
@@ -45,7 +46,7 @@ def tidy(folder: Place, newest: str, keep: int, keep_every: int | None) -> None:
     valid = [name for name in candidates(folder) if flaw(folder / name) is None]
     for name in valid[max(keep, 1) :]:
         milestone = keep_every is not None and position_of(name) % keep_every == 0
-        if name != newest and not milestone and "PIN" not in (folder / name).names():
+        if name != newest and not milestone and PIN not in (folder / name).names():
             (folder / name).remove()
     for stray in strays(folder / newest):
         (folder / newest / stray).remove()

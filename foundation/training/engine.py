@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from importlib import import_module
 from importlib.util import find_spec
@@ -25,7 +25,7 @@ from foundation.config import Config
 from foundation.errors import ConfigError, LaunchError
 from foundation.models.initialise import initialise
 from foundation.training.average import Average
-from foundation.training.blocks import on_meta, poison, prepare
+from foundation.training.blocks import on_meta, poison, prepare, with_features
 from foundation.training.declared import declared
 from foundation.training.optim import MOMENTS, build_optimizer, rules
 from foundation.training.ranks import ALONE, Ranks
@@ -47,7 +47,7 @@ class Engine:
 
     def setup(self, build: Callable[[], nn.Module]) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model as this engine trains it, with its initial weights, and the optimiser."""
-        model = prepare(on_meta(build), self.config.train).to_empty(device=self.device)
+        model = with_features(prepare(on_meta(build), self.config.train)).to_empty(device=self.device)
         poison(model)
         initialise(model, self.config.seed)
         optimizer = build_optimizer(model, rules(model, self.config.optim.weight_decay), self.config.optim)
@@ -81,6 +81,31 @@ class Engine:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm.detach().to(self.device)
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Around forward passes that nothing is learnt from, and that leave no trace in what is.
+
+        All processes make equally many, since engines gather weights in them. What was compiled runs as written: images
+        of another shape would otherwise have it compiled anew, from then on also for training.
+        """
+        eager = torch.compiler.set_stance("force_eager") if self.config.train.compile else nullcontext()
+        model.eval()
+        try:
+            with torch.no_grad(), self.autocast(), eager:
+                yield
+        finally:
+            model.train()
+
+    def features(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Pooled features of the encoder as it is now, whole or in pieces: fp32 [B, C, S, S] → fp32 [B, dim]."""
+        with self.watching(model):
+            return model(images, features=True).float()
+
+    def predict(self, model: nn.Module, arguments: Sequence[Tensor]) -> Any:
+        """What the model as it is now returns for the arguments of a micro-batch (`Inputs.model_args`)."""
+        with self.watching(model):
+            return model(*arguments)
 
     def whole(self, value: Tensor) -> Tensor:
         """A scalar of this engine as a plain tensor."""

@@ -77,7 +77,7 @@ class Place(ABC):
 
     @abstractmethod
     def remove(self) -> None:
-        """Take this folder away, at once or with its COMMIT marker first: a half-removed checkpoint is none."""
+        """Take this file or folder away, at once or with its COMMIT marker first: a half-removed checkpoint is none."""
 
     @abstractmethod
     def begin(self, name: str) -> tuple[Place, str]:
@@ -171,7 +171,10 @@ class Folder(Place):
             os.fsync(file.fileno())
 
     def remove(self) -> None:
-        """By a new name first: a half-removed checkpoint is none."""
+        """By a new name first: a half-removed checkpoint is none. A file at once."""
+        if self.path.is_file():
+            self.path.unlink()
+            return
         gone = self.path.with_name(f"{TEMPORARY}removed-{self.name}")
         shutil.rmtree(gone, ignore_errors=True)
         self.path.rename(gone)

@@ -25,6 +25,7 @@ from foundation.training.data import (
 from foundation.training.finite import Finite
 from foundation.training.lock import owned
 from foundation.training.meters import Throughput
+from foundation.training.monitor import Monitor, crossed
 from foundation.training.places import home
 from foundation.training.ranks import Ranks, everywhere
 from foundation.training.saving import Saver
@@ -86,8 +87,9 @@ def _train(config: Config, engine: engines.Engine, ranks: Ranks, resume: bool) -
         if position >= last_position(config):
             tracker.note(f"already complete: {position:,} samples")
         t = config.train
+        monitor = Monitor(learner, catalog, engine.ranks(), tracker.note)
         with Saver(home(config), ranks, t.keep, t.keep_every, t.async_checkpoint, folder / COMMITTED) as saver:
-            loop(learner, saver, catalog, stream, tracker, position)
+            loop(learner, saver, monitor, catalog, stream, tracker, position)
         if engine.rank == 0:
             publish(folder, catalog, tracker)
         status = "FINISHED"
@@ -113,7 +115,15 @@ def publish(folder: Path, catalog: Catalog, tracker: Tracker) -> None:
     tracker.note(f"report: {page}")
 
 
-def loop(learner: Learner, saver: Saver, catalog: Catalog, stream: Stream, tracker: Tracker, position: int) -> None:
+def loop(
+    learner: Learner,
+    saver: Saver,
+    monitor: Monitor,
+    catalog: Catalog,
+    stream: Stream,
+    tracker: Tracker,
+    position: int,
+) -> None:
     """Consume the stream; the position advances after each update, and with it everything that is due."""
     config, engine = learner.config, learner.engine
     train, end = config.train, last_position(config)
@@ -130,25 +140,23 @@ def loop(learner: Learner, saver: Saver, catalog: Catalog, stream: Stream, track
         position += train.global_batch
         meter.update(train.global_batch)
         finished = position >= end
-        if finished or crossed(position, train.log_every, train.global_batch):
+        look, seen = monitor.due(position), dict[str, float]()
+        if finished or look or crossed(position, train.log_every, train.global_batch):
             finite.check()
+            seen = monitor.look(position) if look else seen
             if (total := engine.sum_int(replaced)) > told:
                 tracker.note(f"{total} damaged samples were replaced so far; see {config.run_folder / REPLACED}")
                 told = total
-            tracker.log(position, reduce_metrics(learner, values, position, batches) | meter.read() | stall)
+            tracker.log(position, reduce_metrics(learner, values, position, batches) | meter.read() | stall | seen)
             stall = {}
         stop = not finished and watch.stop()
         if finished or stop or crossed(position, train.checkpoint_every, train.global_batch):
             finite.check()
-            stall = {"checkpoint_stall_s": save(learner, saver, catalog, tracker.run_id, position)}
+            score = monitor.score(seen)
+            stall = {"checkpoint_stall_s": save(learner, saver, catalog, tracker.run_id, position, score)}
         if stop:
             saver.wait()
             raise Stopped(position, watch.reason() or "asked on another process")
-
-
-def crossed(position: int, every: int, stride: int) -> bool:
-    """Whether a multiple of `every` lies in (position - stride, position]."""
-    return position // every > (position - stride) // every
 
 
 def whole_steps(stream: Stream, share: int) -> Iterator[list[Batch]]:

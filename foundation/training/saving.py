@@ -13,6 +13,7 @@ from torch import Tensor
 from foundation.errors import StorageError
 from foundation.files import write_whole
 from foundation.training import checkpoint
+from foundation.training.pins import Score
 from foundation.training.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -40,16 +41,19 @@ class Saver:
         self._thread: Thread | None = None
         self._failure: BaseException | None = None
 
-    def save(self, copies: Mapping[str, Tensor], state: Mapping[str, Any], position: int) -> None:
-        """Begin to write these `copies`, which must not change any more; see checkpoint.save.
+    def save(
+        self, copies: Mapping[str, Tensor], state: Mapping[str, Any], position: int, score: Score | None = None
+    ) -> None:
+        """Begin to write these `copies`, which must not change any more; see checkpoint.save, also for the `score`.
 
         Waits for the save before. Raises what that one met, or, in the foreground, this one.
         """
         self.wait()
 
         def write() -> None:
+            retention = self.keep, self.keep_every
             try:
-                checkpoint.save(self.location, copies, state, position, self.keep, self.keep_every, self.ranks)
+                checkpoint.save(self.location, copies, state, position, *retention, self.ranks, score)
                 self._tell(position)
             except BaseException as error:
                 self._failure = error

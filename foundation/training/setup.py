@@ -21,6 +21,7 @@ from foundation.training.blocks import on_meta
 from foundation.training.data import FREE, coverage, micro_batch
 from foundation.training.meters import environment
 from foundation.training.optim import rule_table
+from foundation.training.pins import Score
 from foundation.training.places import home
 from foundation.training.ranks import Ranks
 from foundation.training.saving import Saver
@@ -64,7 +65,9 @@ def attention(config: Config, engine: engines.Engine) -> str:
     return " and ".join(dict.fromkeys(attention_backends(config, engine.device.type)))
 
 
-def save(learner: Learner, saver: Saver, catalog: Catalog, run_id: str | None, position: int) -> float:
+def save(
+    learner: Learner, saver: Saver, catalog: Catalog, run_id: str | None, position: int, score: Score | None = None
+) -> float:
     """Begin a checkpoint of all that a resume needs: tensors, one integer, and what that integer refers to.
 
     Returns the seconds for which the training stood still. Raises CheckpointError when the save before has failed.
@@ -80,7 +83,7 @@ def save(learner: Learner, saver: Saver, catalog: Catalog, run_id: str | None, p
         "engine": engine.name,
         "world_size": engine.world_size,
     }
-    saver.save(tensors, state, position)
+    saver.save(tensors, state, position, score)
     return time.perf_counter() - began
 
 

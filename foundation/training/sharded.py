@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from foundation.config import Config, TrainConfig
 from foundation.errors import LaunchError
 from foundation.models.initialise import Piece, initialise
-from foundation.training.blocks import eight_bits, on_meta, poison, prepare, units
+from foundation.training.blocks import eight_bits, on_meta, poison, prepare, units, with_features
 from foundation.training.declared import declared
 from foundation.training.engine import Group
 from foundation.training.optim import build_optimizer, rules
@@ -59,6 +59,14 @@ class FSDP2(Group):
         model.set_requires_gradient_sync(last)
         model.set_is_last_backward(last)
         return nullcontext()
+
+    @contextmanager
+    def watching(self, model: nn.Module) -> Iterator[None]:
+        """Afterwards the root is in pieces again, too, which otherwise waits for a backward pass."""
+        assert isinstance(model, FSDPModule)
+        with super().watching(model):
+            yield
+        model.reshard()
 
     def copies(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Pieces in host memory, on a mesh of the same shape there."""
@@ -110,6 +118,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, train: TrainConfig) -> nn.Module:
     # Nothing here changes the result of a forward pass in place.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
     model = prepare(eight_bits(model, emulate=mesh.device_type == "cpu") if train.float8 else model, train)
+    with_features(model)
     for unit in units(model):
         fully_shard(unit, **options)
     fully_shard(model, **options)

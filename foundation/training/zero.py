@@ -18,7 +18,7 @@ from foundation.config import Config
 from foundation.errors import ConfigError
 from foundation.models.initialise import Piece, initialise
 from foundation.training.average import Average
-from foundation.training.blocks import on_meta, poison, prepare
+from foundation.training.blocks import on_meta, poison, prepare, with_features
 from foundation.training.data import micro_batch
 from foundation.training.engine import Group
 from foundation.training.optim import MOMENTS, build_optimizer, rules
@@ -54,7 +54,7 @@ class Zero1(Group):
                 model = build()
         else:
             model = plain.to_empty(device=self.device)
-        model = prepare(model, self.config.train)
+        model = with_features(prepare(model, self.config.train))
         if self.config.train.precision == "bf16":
             model.register_forward_pre_hook(_in_bf16)
         if self.stage < 3:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from processes import TINY, finish, record, start
+from processes import TINY, finish, record, same_state, start
 
 from foundation.training import checkpoint
 
@@ -42,13 +42,15 @@ WAYS = {  # two micro-batches a process, or one
     "accumulated": "train.micro_batch={micro}",
     "recomputed": "train.activation_checkpointing=full",
     "both": "train.micro_batch={micro} train.activation_checkpointing=selective",
+    "unseen": "train.micro_batch={micro} train.activation_checkpointing=selective monitor.images=0 monitor.probe=null",
 }
 LEARNT = [
     (cell, way)
     for cell in CELLS
     for way in WAYS
-    if way in ("whole", "both") or (way == "recomputed" and cell.world == 2) or cell.engine == "single"
+    if way in ("whole", "both", "unseen") or (way == "recomputed" and cell.world == 2) or cell.engine == "single"
 ]
+FEATURES = ("feature_std", "feature_cosine", "rankme", "target_variance", "prediction_variance")
 COMMON = (
     f"train.samples={STEPS * BATCH}",
     f"train.checkpoint_every={SAVED * BATCH}",
@@ -68,7 +70,8 @@ def launch(world: int, yaml: Path, runs: list[tuple[str, ...]]) -> None:
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory, catalog: Path) -> Path:
     root = tmp_path_factory.mktemp("engines")
-    (root / "tiny.yaml").write_text(TINY.format(root=root, catalog=catalog))
+    monitor = f"{{images: 11, every: 40, probe: {catalog}, probe_images: 13}}"
+    (root / "tiny.yaml").write_text(TINY.format(root=root, catalog=catalog).replace("{images: 8}", monitor))
     return root
 
 
@@ -125,6 +128,22 @@ def test_weights_and_their_average_are_those_of_one_process(learnt: Path, cell: 
         # The bias of the keys has no gradient but rounding, which AdamW makes as large as any other.
         atol = 2e-3 if name.endswith("qkv.bias") else 1e-5
         assert torch.allclose(ours[name], tensor, atol=atol), name
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_every_engine_looks_at_the_same_features_and_learns_the_same_without_looking(learnt: Path, cell: Cell) -> None:
+    """No number of processes divides the 11 images, nor the 26 of the probe among four."""
+    seen, alone = ({row["position"]: row for row in record(learnt / f"{each.name}-both")} for each in (cell, ALONE))
+    assert [position for position, row in seen.items() if "rankme" in row] == [40, 80, 120, 160]
+    for position in (40, 80, 120, 160):
+        wanted = [alone[position][name] for name in FEATURES]
+        assert [seen[position][name] for name in FEATURES] == pytest.approx(wanted, rel=1e-3, abs=1e-5)
+    assert [position for position, row in seen.items() if "probe_knn" in row] == [120, 160]
+    for position in (120, 160):  # one image of 13: two neighbours may be equally near
+        assert seen[position]["probe_knn"] == pytest.approx(alone[position]["probe_knn"], abs=0.08)
+    for row in record(learnt / f"{cell.name}-unseen"):
+        assert row == {name: seen[row["position"]][name] for name in row}
+    assert same_state(learnt / f"{cell.name}-both", learnt / f"{cell.name}-unseen")
 
 
 HALF = [
