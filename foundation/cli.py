@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from foundation.cli_bench import bench_app
 from foundation.cli_compare import compare_command
+from foundation.cli_figures import curves_command
 from foundation.cli_plan import plan_command
 from foundation.cli_robustness import drift_command, robustness_command
 from foundation.cli_shards import shards_app
@@ -30,6 +31,7 @@ app.add_typer(shards_app, name="shards")
 app.add_typer(bench_app, name="bench")
 app.command("plan")(plan_command)
 app.command("compare")(compare_command)
+app.command("curves")(curves_command)
 app.command("robustness")(robustness_command)
 app.command("drift")(drift_command)
 
@@ -156,12 +158,14 @@ def report(
 ) -> None:
     """Draw the report of a run again: one self-contained HTML page."""
     from foundation.config import load
+    from foundation.evaluation.artifacts import publish_report
     from foundation.evaluation.panels import write_run_report
     from foundation.training.data import training_catalog
     from shards.catalog import load as load_catalog
 
     catalog = load_catalog(data) if data else training_catalog(load(run / "config.yaml"))
-    show("report", write_run_report(run, catalog))
+    show("report", write_run_report(run, catalog, catalog))
+    publish_report(run)
 
 
 @app.command("import")

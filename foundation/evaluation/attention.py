@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -41,21 +39,3 @@ def attention_distances(encoder: ViT, images: Tensor) -> Tensor:
         return torch.stack([attention_distance(attention, *where).cpu() for attention in maps])
     finally:
         encoder.train(was_training)
-
-
-def attention_figure(distances: Tensor, path: Path) -> Path:
-    """Scatter of the heads of each layer: distances [blocks, B, heads] in pixels (mean over images) → PNG at `path`."""
-    from foundation.evaluation.figures import canvas, save
-
-    mean = distances.float().mean(1)
-    blocks, heads = mean.shape
-    figure, axes = canvas(7.2, 4.0)
-    layer = torch.arange(1, blocks + 1)[:, None].expand(blocks, heads)
-    dots = axes.scatter(layer.flatten(), mean.flatten(), c=mean.flatten(), cmap="viridis", s=26, alpha=0.85)
-    dots.set_edgecolor("none")
-    axes.plot(range(1, blocks + 1), mean.mean(1), color="0.45", linewidth=1, label="mean of the heads")
-    axes.set(xlabel="layer", ylabel="attention distance [px]", title=f"{heads} heads in {blocks} layers")
-    axes.set_xticks(range(1, blocks + 1, max(1, blocks // 12)))
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    return save(figure, path)

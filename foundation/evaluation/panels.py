@@ -1,4 +1,4 @@
-"""The pictures of a run that need its model: targets map by map, reconstructions, attention distance."""
+"""The report of a run from what lies in its folder: the model of its newest checkpoint, metrics, scores, answers."""
 
 from __future__ import annotations
 
@@ -12,41 +12,64 @@ from torch import Tensor
 from foundation.config import Config, from_dict, resolved_yaml
 from foundation.errors import DataError
 from foundation.evaluation import report
-from foundation.evaluation.attention import attention_distances
+from foundation.evaluation.figures.pictures import reconstruction_panels, target_panels
+from foundation.evaluation.leaks import read_verdict
+from foundation.evaluation.predictions import read as read_predictions
 from foundation.evaluation.scores import Score, from_rows
+from foundation.evaluation.views import Figures, attention_views, chip_views, patch_views, pick_images
 from foundation.files import read_json
-from foundation.objectives.reconstruction import MaskedReconstruction
+from foundation.interchange import random_encoder
+from foundation.objectives.reconstruction import MaskedReconstruction, build_encoder
 from foundation.objectives.registry import build
 from foundation.objectives.targets import unpatchify
 from foundation.training import checkpoint
 from foundation.training.meters import environment
 from foundation.training.setup import ENVIRONMENT
-from shards.augment import resize_center
 from shards.catalog import Catalog
-from shards.stream import Batch, Reader
 
 SCORES = "scores.json"
-SHOWN = 9  # maps of a figure: a row of more is too small to see
+MAPS = 9  # of a figure: a row of more is too small to see
+IMAGES = 16  # that attention and patch features are computed on
+ROBUSTNESS = "robustness.png"
 
 
-def write_run_report(run: Path, catalog: Catalog) -> Path:
+def write_run_report(run: Path, catalog: Catalog, labelled: Catalog | None = None) -> Path:
     """Draw the figures of a run from its newest checkpoint and images of `catalog`, and write its `report.html`.
 
-    Raises CheckpointError without a checkpoint, StorageError when a file of the run cannot be read or written.
+    Chips of known class come from `labelled`; without it, figures that need classes are left out. Raises
+    CheckpointError without a checkpoint, StorageError when a file of the run cannot be read or written.
     """
     state = checkpoint.load(run, "model.")
     config = from_dict(state["config"])
-    metrics = read_metrics(run)
-    record = run / ENVIRONMENT
+    weights, folder, record = state["tensors"], run / report.FIGURES, run / ENVIRONMENT
+    encoders = {"pretrained": trained_encoder(config, weights), "random-init": random_encoder(config, config.seed)}
+    images = pick_images(catalog, config.data.image_size, IMAGES)
+    robustness = folder / ROBUSTNESS
     return report.write_report(
         run,
-        metrics=[{**row, "samples": row["position"]} for row in metrics],
-        panels=model_panels(config, state["tensors"], catalog, run / "figures"),
+        metrics=[{**row, "samples": row["position"]} for row in read_metrics(run)],
+        panels={
+            "targets": model_panels(config, weights, catalog, folder),
+            "features": patch_views(encoders, images, folder)
+            | (chip_views(encoders, labelled, config, folder) if labelled else {}),
+            "attention": attention_views(encoders, images, folder),
+            "robustness": {"Scores of changed test images": robustness} if robustness.exists() else {},
+        },
         scores=read_scores(run),
+        predictions=read_predictions(run),
+        verdict=read_verdict(run),
         config_yaml=resolved_yaml(config),
         environment=read_json(record) if record.exists() else environment(),
         title=f"{config.name}: {config.objective.name}, {config.model.size}/{config.model.patch}",
     )
+
+
+def trained_encoder(config: Config, weights: dict[str, Tensor]) -> Any:
+    """The encoder among the weights of a whole model, in evaluation mode."""
+    encoder = build_encoder(config)
+    prefix = "encoder."
+    encoder.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
+    return encoder.eval()
 
 
 def read_scores(run: Path) -> list[Score]:
@@ -70,36 +93,23 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def model_panels(
-    config: Config, weights: dict[str, Tensor], catalog: Catalog, folder: Path, count: int = 3
-) -> dict[str, bytes | Path]:
-    """Caption → PNG of `count` images of the catalog, and of the attention distance over 16."""
+def model_panels(config: Config, weights: dict[str, Tensor], catalog: Catalog, folder: Path, count: int = 3) -> Figures:
+    """Caption → PNG: the targets of `count` images of the catalog, and what the model predicts of them."""
     objective = build(config)
     model = objective.build_model()
     model.load_state_dict(weights)
     model.eval()
-    images = pick_images(catalog, config.data.image_size, 16)
-    distances = attention_distances(model.encoder, images)
-    masks, targets, predictions = reconstruct(objective, model, images[:count])
-    names, targets, predictions = objective.names[:SHOWN], targets[:, :SHOWN], predictions[:, :SHOWN]
+    images = pick_images(catalog, config.data.image_size, count)
+    masks, targets, predictions = reconstruct(objective, model, images)
+    names, targets, predictions = objective.names[:MAPS], targets[:, :MAPS], predictions[:, :MAPS]
     shown = f"images of {', '.join(source.name for source in catalog.sources)}"
-    if len(objective.names) > SHOWN:
-        shown += f", {SHOWN} of {len(objective.names)} maps"
+    if len(objective.names) > MAPS:
+        shown += f", {MAPS} of {len(objective.names)} maps"
     what = "Reconstruction of masked patches" if bool((masks == 1).any()) else "Prediction of all patches"
     return {
-        f"Target per map ({shown})": report.target_panels(images[:count], targets, names, folder / "targets.png"),
-        what: report.reconstruction_panels(
-            images[:count], masks, targets, predictions, folder / "reconstructions.png", names
-        ),
-        "Attention distance": report.attention_figure(distances, folder / "attention-distance.png"),
+        f"Target per map ({shown})": target_panels(images, targets, names, folder / "targets.png"),
+        what: reconstruction_panels(images, masks, targets, predictions, folder / "reconstructions.png", names),
     }
-
-
-def pick_images(catalog: Catalog, size: int, count: int) -> Tensor:
-    """Images spread over the catalog, resized without randomness: fp32 [count, C, size, size]."""
-    reader = Reader(catalog)
-    ids = torch.linspace(0, len(reader) - 1, count).long()
-    return resize_center(Batch.of([reader.valid(i) for i in ids.tolist()]), size)
 
 
 def reconstruct(objective: MaskedReconstruction, model: Any, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 from foundation.config import Config
 from foundation.errors import CheckpointError, ConfigError, DataError
 from foundation.evaluation import fewshot, leakage
+from foundation.evaluation.artifacts import figures, send
 from foundation.evaluation.features import Progress
 from foundation.evaluation.panels import SCORES, read_scores, write_run_report
 from foundation.evaluation.scores import Score, to_json, to_markdown
@@ -76,7 +77,7 @@ def evaluate_run(
     run, new = run_folder(path), {measurement(score) for score in found}
     scores = [*(s for s in read_scores(run) if measurement(s) not in new), *found]
     files = [write_whole(run / SCORES, to_json(scores)), write_whole(run / "scores.md", to_markdown(scores))]
-    files.append(write_run_report(run, pictures or catalog))
+    files += [write_run_report(run, pictures or catalog, tested), *figures(run)]
     if state.get("run_id") and config.tracking.mlflow:
         where = config.model_copy(update={"run_root": str(run.parent)})
         publish(where, state["run_id"], int(state["position"]), found, files)
@@ -109,8 +110,7 @@ def publish(config: Config, run_id: str, position: int, scores: Sequence[Score],
         return
     names = {f"{s.protocol}/{s.encoder}/{s.metric}": s.mean for s in scores}
     sink.metrics(position, time.time(), names)
-    for file in files:
-        sink.artifact(file, "")
+    send(sink, list(files))
     sink.close(None)
 
 

@@ -52,18 +52,12 @@ class MlflowSink:
 
         `running=False` adds to a run and leaves its status alone; end with `close(None)`.
         """
-        for name, value in _DEFAULTS.items():
-            os.environ.setdefault(name, value)
         uri = config.tracking.uri or f"sqlite:///{Path(config.run_root).resolve() / 'mlflow.db'}"
         try:
-            exceptions = importlib.import_module("mlflow.exceptions")
-            client_class = importlib.import_module("mlflow").MlflowClient
+            client_class, errors = mlflow_client()
         except ImportError as error:
             note(f"MLflow is off: {error}; metrics.jsonl is complete without it")
             return None
-        for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # after the import, which sets levels of its own
-            logging.getLogger(name).setLevel(logging.ERROR)
-        errors = (exceptions.MlflowException, OSError, *_sql_errors())
         try:
             client = client_class(tracking_uri=uri)
             return cls(client, _run(client, config, run_id, running), note, errors)
@@ -131,6 +125,17 @@ class MlflowSink:
                     return
             self._jobs.popleft()
         self._failed_at = None
+
+
+def mlflow_client() -> tuple[Any, Any]:
+    """MLflow's client class, quiet and quick to give up, and what its calls raise when a store is down."""
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    exceptions = importlib.import_module("mlflow.exceptions")
+    client_class = importlib.import_module("mlflow").MlflowClient
+    for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # after the import, which sets levels of its own
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return client_class, (exceptions.MlflowException, OSError, *_sql_errors())
 
 
 def _run(client: Any, config: Config, run_id: str | None, running: bool) -> str:

@@ -1,0 +1,59 @@
+"""Whether an encoder's probabilities can be believed: confidence against share of right answers."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from foundation.evaluation.predictions import Predictions
+
+Z = 1.959964  # of a two-sided 95 % interval
+
+
+class Bin(NamedTuple):
+    """Answers of similar confidence: mean `confidence`, share of right answers with its 95 % interval, `weight`."""
+
+    confidence: float
+    accuracy: float
+    low: float
+    high: float
+    weight: float
+
+
+def wilson(right: float, total: float) -> tuple[float, float]:
+    """Ends of the 95 % interval of a share (Wilson, 1927): `right` of `total` > 0; both need not be whole."""
+    share, z2 = right / total, Z**2 / total
+    centre, half = share + z2 / 2, Z * math.sqrt(share * (1 - share) / total + z2 / (4 * total))
+    return max(0.0, (centre - half) / (1 + z2)), min(1.0, (centre + half) / (1 + z2))
+
+
+def reliability(p: Predictions, bins: int = 10) -> list[Bin]:
+    """Bins of equal width in confidence (the probability of the answer) that hold any answer, all seeds together.
+
+    Answers to one image under several seeds are not independent: intervals count each image once.
+    """
+    confidence, answer = p.probabilities.double().max(-1)
+    right = (answer == p.y).double()
+    which = (confidence * bins).long().clamp_(0, bins - 1)
+    found = []
+    for number in range(bins):
+        inside = which == number
+        if total := int(inside.sum()):
+            accuracy, once = right[inside].mean().item(), total / len(p.seeds)
+            low, high = wilson(accuracy * once, once)
+            found.append(Bin(confidence[inside].mean().item(), accuracy, low, high, total / confidence.numel()))
+    return found
+
+
+def calibration_error(bins: list[Bin]) -> float:
+    """Expected calibration error: mean distance of confidence and accuracy over the answers, in [0, 1]."""
+    return sum(b.weight * abs(b.accuracy - b.confidence) for b in bins)
+
+
+def confusion(p: Predictions) -> torch.Tensor:
+    """Answers by true class (rows) and predicted class (columns), mean over the seeds: fp64 [C, C]."""
+    classes = len(p.classes)
+    codes = (p.y * classes + p.predicted).flatten()
+    return torch.bincount(codes, minlength=classes**2).view(classes, classes).double() / len(p.seeds)
