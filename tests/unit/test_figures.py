@@ -220,11 +220,11 @@ def test_colours_of_patches_and_points_of_chips_are_drawn_as_given(tmp_path: Pat
     assert "50 % (20 – 80)" in drawn[1].axes[0].get_xlabel()
 
 
-def test_no_two_of_49_classes_look_alike() -> None:
+def test_no_two_of_56_classes_look_alike() -> None:
     names = [str(i) for i in range(60)]
     styles = class_styles(names)
-    assert len(set(styles[:49])) == 49
-    assert len(set(styles[49:])) == 1
+    assert len(set(styles[:56])) == 56
+    assert len(set(styles[56:])) == 1
 
 
 def test_an_encoder_has_one_colour_everywhere() -> None:

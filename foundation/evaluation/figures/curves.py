@@ -126,5 +126,5 @@ def curves_figure(
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colours first, then dashes: 28 runs can be told apart."""
+    """Colours first, then dashes: 32 runs can be told apart."""
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": _DASHES[index // len(COLOURS) % len(_DASHES)]}

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 T = TypeVar("T")
-# Okabe and Ito's palette, without its yellow, which is lost on white.
-COLOURS = ("#0072b2", "#e08a00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#5b4b8a")
-GREY, INK = "#8a8a8a", "0.25"
+GREY = "#8a8a8a"
+# Okabe and Ito's palette, without its yellow, which is lost on white; the third is for what is only background.
+COLOURS = ("#0072b2", "#e08a00", GREY, "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#5b4b8a")
 # An encoder has the same colour in every figure of every run.
-KNOWN = {"pretrained": COLOURS[0], "random-init": COLOURS[1], "pixels": COLOURS[2], "background only": GREY}
+KNOWN = {"pretrained": COLOURS[0], "random-init": COLOURS[1], "pixels": COLOURS[3], "background only": GREY}
 MARKERS = ("o", "^", "s", "D", "v", "P", "X")
 
 
