@@ -141,8 +141,23 @@ class ModelConfig(Section):
     patch: int = Field(default=16, ge=1, description="side of a patch, pixels; must divide data.image_size")
     channels: int = Field(default=1, ge=1, le=1024, description="channels of the image")
     attention: str = Field(default="auto", description="backend of the attention; auto: the fastest for the device")
-    positions: Literal["relative", "sincos"] = Field(
-        default="relative", description="tables in every block (iRPE), or fixed sines and cosines, as MAE needs"
+    positions: Literal["relative", "sincos", "learned"] = Field(
+        default="relative",
+        description="tables in every block (iRPE), or added once: fixed sines and cosines or a learnt vector per patch",
+    )
+    layer_scale: float | None = Field(
+        default=None,
+        gt=0,
+        description="initial value of a learnt gain per channel behind attention and MLP; null: none",
+    )
+    mlp: Literal["gelu", "swiglu"] = Field(
+        default="gelu", description="of encoder blocks: 4 widths of GELU, or as many parameters of gated SiLU"
+    )
+    qk_norm: bool = Field(default=False, description="normalise queries and keys of encoder blocks before the product")
+    init: str | None = Field(
+        default=None,
+        min_length=1,
+        description="weights the encoder starts from: a run, checkpoint, .pth, .safetensors or timm:NAME; null: random",
     )
     registers: int = Field(
         default=0, ge=0, le=16, description="learnt tokens beside the patches that nobody reads (arXiv 2309.16588)"

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pickle import UnpicklingError  # what torch.load raises when weights_only refuses a file; nothing is unpickled here
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor
@@ -136,12 +137,12 @@ def fixed_gap(table: Tensor) -> float:
     return gap if gap < math.inf else math.inf
 
 
-def read_published(path: Path) -> dict[str, Tensor]:
-    """The tensors of a published `.pth` under our names. Nothing in the file is executed."""
+def read_file(path: Path) -> Any:
+    """What `torch.save` wrote, tensors mapped from the file where it allows that. Nothing in it is executed."""
     try:
         # The published files carry their command line as an argparse.Namespace, which is plain data.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
     except (OSError, RuntimeError, ValueError, EOFError, LookupError) as error:
         what = f"cannot read this file as a checkpoint: {type(error).__name__} {error}"
         raise CheckpointError(what, where=str(path), do=_DO) from error
@@ -151,6 +152,11 @@ def read_published(path: Path) -> dict[str, Tensor]:
             where=str(path),
             do=_DO,
         ) from error
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """The tensors of a published `.pth` under our names. Nothing in the file is executed."""
+    loaded = read_file(path)
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError("no state dict found", where=str(path), do=_DO)

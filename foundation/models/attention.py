@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from foundation.models.position import RelativePositionTable
@@ -13,19 +14,35 @@ from kernels.rpe_attention.reference import attention_probabilities
 class Attention(nn.Module):
     """Multi-head self-attention over [B, L, dim]: `prefix` tokens, then patches in raster order of `grid`.
 
-    Without `relative` positions there is no table, and of `grid` only the number of patches matters.
+    Without `relative` positions there is no table, and of `grid` only the number of patches matters. With `qk_norm`
+    queries and keys are normalised per head; the table multiplies the normalised query, so that its logits, too, are
+    bounded whatever the projection grows to.
     """
 
-    def __init__(self, dim: int, heads: int, backend: str = "auto", relative: bool = True, prefix: int = 1) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        backend: str = "auto",
+        relative: bool = True,
+        prefix: int = 1,
+        qk_norm: bool = False,
+    ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.backend, self.prefix = heads, dim // heads, backend, prefix
         self.qkv = nn.Linear(dim, 3 * dim)
         self.rpe = RelativePositionTable(self.head_dim, prefix) if relative else None
         self.proj = nn.Linear(dim, dim)
+        self.q_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else None
+        self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6) if qk_norm else None
 
     def _packed(self, x: Tensor) -> Tensor:
         """Queries, keys and values of all heads, [B, L, 3, heads, head_dim], as the projection leaves them."""
-        return self.qkv(x).view(*x.shape[:2], 3, self.heads, self.head_dim)
+        packed = self.qkv(x).view(*x.shape[:2], 3, self.heads, self.head_dim)
+        if self.q_norm is None or self.k_norm is None:
+            return packed
+        q, k, v = packed.unbind(2)
+        return torch.stack((self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v), 2)
 
     def _table(self) -> Tensor | None:
         return None if self.rpe is None else self.rpe()

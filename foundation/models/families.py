@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from foundation.models.layers import PLAIN, Options
 from kernels.rpe_attention import choose
 from kernels.rpe_attention.buckets import num_buckets
 from kernels.rpe_attention.layout import Layout, Problem
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Row(NamedTuple):
-    """Width, number of blocks and attention heads of an encoder (MLP ratio 4 throughout)."""
+    """Width, number of blocks and attention heads of an encoder; the MLP is that of `layers.Options.hidden`."""
 
     dim: int
     depth: int
@@ -138,19 +139,29 @@ def linear(inputs: int, outputs: int) -> list[Rows]:
     return [Rows(outputs, inputs), Rows(outputs)]
 
 
+def options(config: Config) -> Options:
+    """What the encoder's blocks have beyond the plain ones."""
+    model = config.model
+    return Options(model.layer_scale, model.mlp, model.qk_norm)
+
+
 def relative(config: Config) -> bool:
     """Whether blocks have a table of relative positions."""
     return config.model.positions == "relative"
 
 
-def block_shapes(dim: int, heads: int, relative: bool = True, prefix: int = 1) -> list[Rows]:
+def block_shapes(dim: int, heads: int, relative: bool = True, prefix: int = 1, options: Options = PLAIN) -> list[Rows]:
     """One block: two norms, four projections of attention (three in one), an MLP of ratio 4, the table of all heads.
 
-    12 dim² + 13 dim + dim / heads · buckets parameters, without `relative` positions no buckets.
+    12 dim² + 13 dim + dim / heads · buckets parameters, without `relative` positions no buckets. Of swiglu the MLP has
+    3 dim · hidden + 2 hidden + dim instead of 8 dim² + 5 dim; layer scales are 2 dim, norms of q and k 4 dim / heads.
     """
+    hidden, gates = options.hidden(dim), 2 if options.mlp == "swiglu" else 1
+    extra = [] if options.layer_scale is None else 2 * [Rows(dim)]
+    extra += 4 * [Rows(dim // heads)] if options.qk_norm else []
     table = [Rows(1, dim // heads * num_buckets(cls_tokens=prefix))] if relative else []
     attention = [*linear(dim, 3 * dim), *table, *linear(dim, dim)]
-    return [*4 * [Rows(dim)], *attention, *linear(dim, 4 * dim), *linear(4 * dim, dim)]
+    return [*4 * [Rows(dim)], *attention, *linear(dim, gates * hidden), *linear(hidden, dim), *extra]
 
 
 def shapes(config: Config) -> Shapes:
@@ -161,7 +172,8 @@ def shapes(config: Config) -> Shapes:
     root += [Rows(1, row.dim if t.visible is None else decoder.width)]  # the mask token, where it enters
     root += 2 * [Rows(row.dim)]  # the final norm
     root += [Rows(t.fusion)] if t.fusion else []
-    block = block_shapes(row.dim, row.heads, relative(config), t.prefix)
+    root += [Rows(1, t.patches * row.dim)] if model.positions == "learned" else []
+    block = block_shapes(row.dim, row.heads, relative(config), t.prefix, options(config))
     if not decoder.depth:
         return Shapes(block, [], root + linear(row.dim, t.values), row.depth, 0)
     root += [*linear(row.dim, decoder.width), *2 * [Rows(decoder.width)], *linear(decoder.width, t.values)]
@@ -207,18 +219,19 @@ class Flops(NamedTuple):
         return 3 * self.forward
 
 
-def block_flops(dim: int, length: int, relative: bool = True, prefix: int = 1) -> int:
+def block_flops(dim: int, length: int, relative: bool = True, prefix: int = 1, options: Options = PLAIN) -> int:
     """One block over one sequence of `length` tokens, `prefix` of them in front of the patches."""
-    return length * (24 * dim * dim + 4 * length * dim + 2 * num_buckets(cls_tokens=prefix) * dim * relative)
+    mlp = (6 if options.mlp == "swiglu" else 4) * dim * options.hidden(dim)
+    return length * (8 * dim * dim + mlp + 4 * length * dim + 2 * num_buckets(cls_tokens=prefix) * dim * relative)
 
 
 def flops(config: Config) -> Flops:
     """Operations of one image: 2 per multiply-add of every matrix product by the definition, as executed.
 
     All windows with all their tokens pass the decoder, and the encoder if it sees the masked ones; attention counts
-    q·k, p·v and the product of the queries with the position table. Norms, softmax, GELU, residuals and the target do
-    not count (none of them is a matrix product), nor what a backend adds, such as the spread table of `dense` and
-    `sdpa`.
+    q·k, p·v and the product of the queries with the position table. Norms, softmax, GELU, gates, residuals and the
+    target do not count (none of them is a matrix product), nor what a backend adds, such as the spread table of `dense`
+    and `sdpa`.
     """
     row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
     taken = t.encoded - t.registers
@@ -226,7 +239,7 @@ def flops(config: Config) -> Flops:
     width = decoder.width if decoder.depth else row.dim
     return Flops(
         embed=2 * t.patches * model.patch**2 * model.channels * row.dim,
-        encoder=row.depth * t.windows * block_flops(row.dim, t.encoded, relative(config), t.prefix),
+        encoder=row.depth * t.windows * block_flops(row.dim, t.encoded, relative(config), t.prefix, options(config)),
         decoder=decoder.depth * t.windows * block_flops(decoder.width, t.decoded, relative(config), t.class_token),
         head=projection + 2 * t.windows * t.masked * width * t.values,
     )

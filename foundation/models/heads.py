@@ -79,12 +79,13 @@ class MaskedWindowModel(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.dim))
         self.decoder: Decoder | LinearHead = LinearHead(encoder.dim, out, encoder.classes)
         if depth:
-            self.decoder = Decoder(encoder.dim, width, depth, heads, out, attention, True, encoder.classes)
+            same = attention, encoder.relative, encoder.classes
+            self.decoder = Decoder(encoder.dim, width, depth, heads, out, *same)
 
     def forward(self, images: Tensor, patch_ids: Tensor, masked: Tensor, predict_all: bool = False) -> Tensor:
         """Predictions of the masked slots in the order of `masked`, or of all n slots with `predict_all`."""
         batch, windows, n = patch_ids.shape
-        tokens = self.encoder.patch_embed(images)
+        tokens = self.encoder.embed(images)
         tokens = tokens.gather(1, patch_ids.view(batch, -1, 1).expand(-1, -1, tokens.shape[-1]))
         tokens = tokens.view(batch * windows, n, -1)
         hidden = masked.view(batch * windows, -1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from foundation.models.layers import LayerScale
 from shards.addressed import stream_key
 
 _PIECE = 1 << 20  # values drawn at a time
@@ -24,20 +25,46 @@ class Piece(NamedTuple):
     shape: torch.Size
 
 
+class Given(NamedTuple):
+    """Initial values that come from elsewhere: `read` makes the CPU tensor of `shape`, when they are needed."""
+
+    shape: torch.Size
+    read: Callable[[], Tensor]
+
+
 def whole(parameter: nn.Parameter) -> Piece:
     """All of a parameter."""
     return Piece(parameter.detach(), 0, parameter.shape)
 
 
-def initialise(model: nn.Module, seed: int, part: Callable[[nn.Parameter], Piece] = whole) -> None:
+def initialise(
+    model: nn.Module,
+    seed: int,
+    part: Callable[[nn.Parameter], Piece] = whole,
+    given: Mapping[str, Given] | None = None,
+) -> None:
     """Xavier-uniform weights, zero biases and tables, unit norms, tokens of std 0.02: the published initialisation.
 
-    Fusions start at zero too: equal weights. Each process draws the `part` that it holds of a parameter and no more, so
-    any sharding starts from the same weights. Raises TypeError for a parameter that no rule knows.
+    A parameter that is `given` by its name takes those values instead.
+
+    Fusions start at zero too: equal weights; learnt positions as tokens, layer scales at the value of their layer. Each
+    process draws the `part` that it holds of a parameter and no more, so any sharding starts from the same weights.
+    Raises TypeError for a parameter that no rule knows.
     """
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        _fill(part(parameter), model.get_submodule(owner), leaf, seed, name)
+        if given and name in given:
+            _copy(part(parameter), given[name])
+        else:
+            _fill(part(parameter), model.get_submodule(owner), leaf, seed, name)
+
+
+@torch.no_grad()
+def _copy(part: Piece, given: Given) -> None:
+    """Write a piece of what is given; one tensor at a time is whole, and none of which this process holds nothing."""
+    piece = part.values.view(-1)
+    if len(piece):
+        piece.copy_(given.read().reshape(-1)[part.first : part.first + len(piece)])
 
 
 @torch.no_grad()
@@ -47,12 +74,14 @@ def _fill(part: Piece, owner: nn.Module, leaf: str, seed: int, name: str) -> Non
     if isinstance(owner, nn.Linear | nn.Conv2d) and leaf == "weight":
         bound = math.sqrt(6 / (shape[0] + shape[1:].numel()))
         _draw(piece, first, seed, name, lambda u: (2 * u - 1) * bound)
-    elif leaf.endswith("token"):
+    elif leaf.endswith("token") or leaf == "embedding":
         _draw(piece, first, seed, name, lambda u: torch.special.ndtri(u.clamp(min=2**-25)) * 0.02)
     elif leaf in ("bias", "table", "fusion"):
         piece.zero_()
     elif isinstance(owner, nn.LayerNorm) and leaf == "weight":
         piece.fill_(1)
+    elif isinstance(owner, LayerScale):
+        piece.fill_(owner.initial)
     else:
         raise TypeError(f"there is no rule for the initial value of {name}, a parameter of {type(owner).__name__}")
 

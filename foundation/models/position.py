@@ -1,9 +1,10 @@
-"""Positions: the learnt table of iRPE, and fixed sines and cosines."""
+"""Positions: the learnt table of iRPE, fixed sines and cosines, and a learnt vector per patch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from kernels.rpe_attention.buckets import constant, num_buckets
 
@@ -22,6 +23,32 @@ class RelativePositionTable(nn.Module):
     def forward(self) -> Tensor:
         """The table; a call, so that engines which gather parameters on a module's forward see it."""
         return self.table
+
+
+class LearnedPositions(nn.Module):
+    """A learnt vector per patch of `grid`, added once: [1, h·w, dim]; any other grid has the vectors resized.
+
+    Tokens in front of the patches have none: it would be a second constant beside the learnt token itself.
+    """
+
+    def __init__(self, grid: tuple[int, int], dim: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.embedding = nn.Parameter(torch.zeros(1, grid[0] * grid[1], dim))
+
+    def forward(self, grid: tuple[int, int]) -> Tensor:
+        """Positions of the patches of `grid`, [1, h·w, dim]; a call for the same reason as above."""
+        return resized(self.embedding, self.grid, grid)
+
+
+def resized(embedding: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """[1, h·w, dim] of one grid as those of another: bicubic, antialiased, in fp32, as timm resizes them."""
+    if grid == wanted:
+        return embedding
+    picture = embedding.float().unflatten(1, grid).permute(0, 3, 1, 2)
+    with torch.autocast(embedding.device.type, enabled=False):
+        picture = F.interpolate(picture, wanted, mode="bicubic", antialias=True)
+    return picture.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 @constant

@@ -9,26 +9,45 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foundation.models.attention import Attention
-from foundation.models.position import sincos
+from foundation.models.layers import PLAIN, LayerScale, Options
+from foundation.models.position import LearnedPositions, sincos
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)) with GELU and ratio 4."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)), by default with GELU and ratio 4."""
 
     shard_unit = True  # recomputed, compiled and sharded as one
 
-    def __init__(self, dim: int, heads: int, backend: str = "auto", relative: bool = True, prefix: int = 1) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        backend: str = "auto",
+        relative: bool = True,
+        prefix: int = 1,
+        options: Options = PLAIN,
+    ) -> None:
         super().__init__()
+        self.gated, hidden, scale = options.mlp == "swiglu", options.hidden(dim), options.layer_scale
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads, backend, relative, prefix)
+        self.attn = Attention(dim, heads, backend, relative, prefix, options.qk_norm)
+        self.ls1 = nn.Identity() if scale is None else LayerScale(dim, scale)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
+        self.fc1 = nn.Linear(dim, hidden * (1 + self.gated))
+        self.fc2 = nn.Linear(hidden, dim)
+        self.ls2 = nn.Identity() if scale is None else LayerScale(dim, scale)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """[B, L, dim] → [B, L, dim]."""
-        x = x + self.attn(self.norm1(x), grid)
-        return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
+        x = x + self.ls1(self.attn(self.norm1(x), grid))
+        return x + self.ls2(self.fc2(self.activation(self.fc1(self.norm2(x)))))
+
+    def activation(self, x: Tensor) -> Tensor:
+        """Between the products of the MLP: [..., hidden], of swiglu [..., 2 hidden], → [..., hidden]."""
+        if not self.gated:
+            return F.gelu(x)
+        gate, value = x.chunk(2, -1)
+        return F.silu(gate) * value
 
 
 class PatchEmbed(nn.Module):
@@ -44,7 +63,9 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Vision transformer. `positions`: relative (iRPE in every block) or sincos (fixed, added once).
+    """Vision transformer. `positions`: relative (iRPE in every block), sincos (fixed) or learned, both added once.
+
+    Learned positions are those of `grid`, and resized for images of another. `options` are those of the blocks.
 
     In front of the patches stand `prefix` tokens: the class token, if there is one, and `registers`, learnt tokens that
     carry no patch and are read by nobody (Darcet et al., arXiv 2309.16588). Prefix tokens have no fixed position.
@@ -62,6 +83,8 @@ class ViT(nn.Module):
         positions: str = "relative",
         class_token: bool = True,
         registers: int = 0,
+        options: Options = PLAIN,
+        grid: tuple[int, int] = (14, 14),
     ) -> None:
         super().__init__()
         if dim % heads:
@@ -72,7 +95,9 @@ class ViT(nn.Module):
         self.classes, self.prefix = int(class_token), int(class_token) + registers
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.register_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
-        self.blocks = nn.ModuleList(Block(dim, heads, attention, self.relative, self.prefix) for _ in range(depth))
+        self.pos_embed = LearnedPositions(grid, dim) if positions == "learned" else None
+        same = dim, heads, attention, self.relative, self.prefix, options
+        self.blocks = nn.ModuleList(Block(*same) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
@@ -83,10 +108,12 @@ class ViT(nn.Module):
         return height // self.patch, width // self.patch
 
     def embed(self, images: Tensor) -> Tensor:
-        """Patch tokens [B, N, dim] of whole images, with their fixed positions where there are any."""
+        """Patch tokens [B, N, dim] of whole images, with their positions where these are added."""
         tokens = self.patch_embed(images)
         if self.relative:
             return tokens
+        if self.pos_embed is not None:
+            return tokens + self.pos_embed(self.grid(images)).to(tokens.dtype)
         return tokens + sincos(self.grid(images), self.dim, tokens.device, tokens.dtype)
 
     def prefixed(self, tokens: Tensor) -> Tensor:

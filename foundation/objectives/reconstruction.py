@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foundation.config import Config
 from foundation.config_text import Problem
-from foundation.models.families import FAMILY, Tokens, tokens
+from foundation.models.families import FAMILY, Tokens, options, tokens
 from foundation.models.heads import FusedWindowModel, MaskedImageModel, MaskedWindowModel
 from foundation.models.vit import ViT
 from foundation.objectives.masks import Masks, local_windows, random_patches, visible_patches, whole_image
@@ -30,7 +30,8 @@ class Inputs(NamedTuple):
 def build_encoder(config: Config) -> ViT:
     """The encoder of a configuration; `models.initialise` or a checkpoint gives it its weights."""
     size, model, t = FAMILY[config.model.size], config.model, tokens(config)
-    where = model.positions, t.class_token, t.registers
+    side = config.data.image_size // model.patch
+    where = model.positions, t.class_token, t.registers, options(config), (side, side)
     return ViT(size.dim, size.depth, size.heads, model.patch, model.channels, model.attention, *where)
 
 
@@ -41,8 +42,8 @@ class MaskedReconstruction:
     the same maps.
     """
 
-    positions = "relative"
-    """What the frame builds on: windows know nothing of their place in the image."""
+    positions: tuple[str, ...] = ("relative",)
+    """What the frame can build on: windows know nothing of their place in the image."""
 
     def __init__(self, config: Config, target: FixedTarget) -> None:
         self.config, self.fixed = config, target
@@ -60,8 +61,9 @@ class MaskedReconstruction:
     def conflicts(self) -> Iterator[Problem]:
         """What keys of the configuration cannot be together under this objective."""
         model = self.config.model
-        if model.positions != self.positions:
-            text = f"{self.positions}, which objective.name = {self.config.objective.name!r} builds on"
+        if model.positions not in self.positions:
+            text = f"{' or '.join(self.positions)}, which objective.name = {self.config.objective.name!r} builds on"
+            text += ": its windows know nothing of their place" if self.positions == ("relative",) else ""
             yield Problem("model.positions", model.positions, text, others=("objective.name",))
         yield from self.fixed.conflicts(self.config)
         yield from self.mask_conflicts()
@@ -137,6 +139,8 @@ class UnmaskedReconstruction(MaskedReconstruction):
     The mask token stays in the model, unused, so that tensors are those of the other objectives.
     """
 
+    positions = ("relative", "sincos", "learned")
+
     def tokens(self) -> Tokens:
         """One window that is the image, all of it predicted."""
         n, values, registers = self.patches, self.values, self.config.model.registers
@@ -154,7 +158,7 @@ class UnmaskedReconstruction(MaskedReconstruction):
 class VisibleReconstruction(MaskedReconstruction):
     """Predict the target of random patches of which the encoder sees nothing: MAE (arXiv 2111.06377)."""
 
-    positions = "sincos"
+    positions = ("sincos", "learned")
 
     @property
     def visible(self) -> int:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from foundation.config import Config
-from foundation.models.families import FAMILY, attention_backends, relative, tokens
+from foundation.models.families import FAMILY, attention_backends, options, relative, tokens
+from foundation.models.layers import PLAIN, Options
 from kernels.rpe_attention.buckets import num_buckets
 
 
@@ -40,6 +41,7 @@ class Shape(NamedTuple):
     sequences: int
     relative: bool = True
     """with a table of relative positions"""
+    options: Options = PLAIN
 
     @property
     def values(self) -> int:
@@ -86,20 +88,34 @@ def block_bytes(s: Shape, w: Widths, backend: str, device: str) -> int:
     """One block without checkpointing, V = sequences · length · dim elements of width e:
 
     V · (2 · norm + 11 e) + attention + 16 bytes per token: the inputs of both norms; the inputs of qkv, of the
-    projection and of the MLP (3 e); what GELU takes and gives (8 e); mean and deviation of two norms.
+    projection and of the MLP (3 e); what GELU takes and gives (8 e); mean and deviation of two norms. Of swiglu 4
+    hidden instead of 8 dim: both halves, the gate behind SiLU, the product. Layer scales keep what they multiply (2 e).
     """
-    return s.values * (2 * w.norm + 11 * w.element) + attention_bytes(s, w, backend, device) + 16 * s.values // s.dim
+    tokens, mlp = s.values // s.dim, 8 * s.dim if s.options.mlp == "gelu" else 4 * s.options.hidden(s.dim)
+    scales = 0 if s.options.layer_scale is None else 2
+    kept = s.values * (2 * w.norm + (3 + scales) * w.element) + tokens * (mlp * w.element + 16)
+    return kept + attention_bytes(s, w, backend, device) + norm_bytes(s, w)
+
+
+def norm_bytes(s: Shape, w: Widths) -> int:
+    """What norms of queries and keys keep: their inputs, views of the packed projection or (CUDA's autocast) copies in
+    fp32, and mean and deviation per head."""
+    if not s.options.qk_norm:
+        return 0
+    return (3 * s.values * w.element if w.norm == w.element else 2 * s.values * w.norm) + 16 * s.map(1)
 
 
 def selective_bytes(s: Shape, w: Widths, backend: str, device: str) -> int:
     """One block of which the input and the results of its products are kept: 11 e V and the products of attention.
 
-    The products: qkv (3), attention times v, projection, the MLP (4 + 1), and with the input 11; the bias or table
-    product and the logits of the backends that make them.
+    The products: qkv (3), attention times v, projection, the MLP (4 + 1, of swiglu 2 hidden / dim + 1), and with the
+    input 11; the bias or table product and the logits of the backends that make them.
     """
     e, pairs = w.element, s.map()
+    inner = 4 * s.dim if s.options.mlp == "gelu" else 2 * s.options.hidden(s.dim)
+    products = s.values // s.dim * (7 * s.dim + inner)
     if not s.relative:
-        return (11 * s.values + (pairs if backend in ("reference", "dense") else 0)) * e
+        return (products + (pairs if backend in ("reference", "dense") else 0)) * e
     spread = s.length**2 * s.dim // s.heads * e
     logits = {"reference": s.map(num_buckets()) + pairs, "dense": 2 * pairs, "sdpa": pairs, "xformers": pairs}.get(
         backend, 0
@@ -107,7 +123,7 @@ def selective_bytes(s: Shape, w: Widths, backend: str, device: str) -> int:
     logits = s.map(num_buckets()) if backend == "flex" else logits
     if backend == "sdpa" and device == "cpu":
         logits = 2 * pairs
-    return 11 * e * s.values + logits * e + (spread if backend in ("dense", "sdpa", "xformers") else 0)
+    return products * e + logits * e + (spread if backend in ("dense", "sdpa", "xformers") else 0)
 
 
 def position_bytes(s: Shape, w: Widths, backend: str, device: str, selective: bool = False) -> int:
@@ -159,7 +175,7 @@ def activations(config: Config, micro_batch: int, device: str = "cuda", autocast
     row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
     w, backends = widths(config.train.precision, device, autocast), attention_backends(config, device)
     sequences = micro_batch * t.windows
-    encoder = Shape(row.dim, row.heads, t.encoded, sequences, relative(config))
+    encoder = Shape(row.dim, row.heads, t.encoded, sequences, relative(config), options(config))
     narrow = Shape(decoder.width, decoder.heads, t.decoded, sequences, relative(config))
     stacks = ((encoder, row.depth), (narrow, decoder.depth))
     parts = [(s, depth, backend) for (s, depth), backend in zip(stacks, backends, strict=False)]

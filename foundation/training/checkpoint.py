@@ -34,6 +34,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from foundation.errors import CheckpointError
+from foundation.models.initialise import Given
 from foundation.training.committed import (
     PREFIX,
     STATE,
@@ -60,9 +61,10 @@ from foundation.training.places import Location, Place, place
 from foundation.training.ranks import ALONE, OtherRankError, Ranks, everywhere, together
 from shards.errors import DataError
 
-__all__ = ["best", "check_tensors", "latest", "load", "read", "restore", "save", "shapes"]
+__all__ = ["best", "check_tensors", "latest", "lend", "load", "read", "restore", "save", "shapes"]
 
 log = logging.getLogger(__name__)
+_UNREADABLE = (*Failure, ValueError, RuntimeError, MemoryError, OverflowError, CheckpointException)
 # Not around each save: filters belong to the whole process, and saves happen in a thread.
 warnings.filterwarnings("ignore", r"torch\.distributed is disabled, unavailable or uninitialized", UserWarning)
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.checkpoint")
@@ -255,27 +257,64 @@ def load(location: Path | str, prefix: str | None = "") -> dict[str, Any]:
     """
     path = place(location)
     try:
-        if not path.name.startswith(PREFIX):
-            found, skipped = latest(location)
-            if found is None:
-                names = "; ".join(skipped)
-                raise CheckpointError(
-                    "there is no checkpoint" + f" (skipped {names})" * bool(names),
-                    where=str(path.location.resolve()) if isinstance(path.location, Path) else str(path),
-                    do="name a run folder; a run has its first checkpoint after train.checkpoint_every samples",
-                )
-            path = place(found)
-        if reason := flaw(path) or damage(path):
-            raise unusable(f"the checkpoint {reason}", path)
+        path = _newest(path)
+        _check(path)
         state = read_state(path)
         if prefix is None:
             return state
         wanted = {name: facts for name, facts in _found(path).items() if name.startswith(prefix)}
         tensors = {name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in wanted.items()}
         _fill(path, tensors, ALONE)
-    except (*Failure, ValueError, RuntimeError, MemoryError, OverflowError, CheckpointException) as error:
+    except _UNREADABLE as error:
         raise unusable(f"the checkpoint cannot be read: {said(error)}", path) from error
     return {**state, "tensors": {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}}
+
+
+def lend(location: Path | str, prefix: str, ranks: Ranks = ALONE) -> tuple[dict[str, Any], dict[str, Given]]:
+    """`load` by several ranks, of tensors that are read one at a time, when they are needed.
+
+    All take the checkpoint that the first one finds, and share the check of its content.
+    """
+    path = place(location)
+    try:
+        path = place(together(ranks, lambda: _newest(path).location if ranks.rank == 0 else "")[0])
+        _check(path, ranks)
+        state, found = read_state(path), _found(path)
+    except _UNREADABLE as error:
+        raise unusable(f"the checkpoint cannot be read: {said(error)}", path) from error
+
+    def one(name: str, facts: TensorStorageMetadata) -> Tensor:
+        tensor = torch.empty(facts.size, dtype=facts.properties.dtype)
+        try:
+            _fill(path, {name: tensor}, ALONE)
+        except _UNREADABLE as error:
+            raise unusable(f"{name} cannot be read: {said(error)}", path) from error
+        return tensor
+
+    wanted = {name: facts for name, facts in found.items() if name.startswith(prefix)}
+    return state, {n.removeprefix(prefix): Given(facts.size, partial(one, n, facts)) for n, facts in wanted.items()}
+
+
+def _newest(path: Place) -> Place:
+    """The checkpoint that a path names, the newest valid one where it holds several. Raises CheckpointError."""
+    if path.name.startswith(PREFIX):
+        return path
+    location = path.location
+    found, skipped = latest(location)
+    if found is None:
+        names = "; ".join(skipped)
+        raise CheckpointError(
+            "there is no checkpoint" + f" (skipped {names})" * bool(names),
+            where=str(location.resolve()) if isinstance(location, Path) else str(path),
+            do="name a run folder; a run has its first checkpoint after train.checkpoint_every samples",
+        )
+    return place(found)
+
+
+def _check(path: Place, ranks: Ranks = ALONE) -> None:
+    """Raise CheckpointError for a checkpoint that is unfinished or damaged, as far as this rank's share shows."""
+    if reason := flaw(path) or damage(path, ranks.rank, ranks.size):
+        raise unusable(f"the checkpoint {reason}", path)
 
 
 def check_tensors(found: Mapping[str, torch.Size], expected: Mapping[str, torch.Size], where: str = "") -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from importlib import import_module
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from foundation.config import Config
 from foundation.errors import ConfigError, LaunchError
-from foundation.models.initialise import initialise
+from foundation.models.initialise import Given, initialise
 from foundation.training.average import Average
 from foundation.training.blocks import on_meta, poison, prepare, with_features
 from foundation.training.declared import declared
@@ -45,11 +45,13 @@ class Engine:
         cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")  # launch/accelerate/cpu.yaml
         self.device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
 
-    def setup(self, build: Callable[[], nn.Module]) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The model as this engine trains it, with its initial weights, and the optimiser."""
+    def setup(
+        self, build: Callable[[], nn.Module], given: Mapping[str, Given] | None = None
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model as this engine trains it, with its initial weights, drawn or `given` by name, and the optimiser."""
         model = with_features(prepare(on_meta(build), self.config.train)).to_empty(device=self.device)
         poison(model)
-        initialise(model, self.config.seed)
+        initialise(model, self.config.seed, given=given)
         optimizer = build_optimizer(model, rules(model, self.config.optim.weight_decay), self.config.optim)
         return model, optimizer
 
@@ -287,9 +289,11 @@ class DDP(Group):
 
     name = "ddp"
 
-    def setup(self, build: Callable[[], nn.Module]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def setup(
+        self, build: Callable[[], nn.Module], given: Mapping[str, Given] | None = None
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """A replica; every process computes the same initial weights."""
-        model, optimizer = super().setup(build)
+        model, optimizer = super().setup(build, given)
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True), optimizer
 

@@ -29,7 +29,15 @@ from foundation.training.monitor import Monitor, crossed
 from foundation.training.places import home
 from foundation.training.ranks import Ranks, everywhere
 from foundation.training.saving import Saver
-from foundation.training.setup import build_learner, describe, refuse_overwrite, restore, save, write_record
+from foundation.training.setup import (
+    beginning,
+    build_learner,
+    describe,
+    refuse_overwrite,
+    restore,
+    save,
+    write_record,
+)
 from foundation.training.step import Learner, train_step
 from foundation.training.stopping import STOP_FILE, Stopped, Watch
 from foundation.training.tracking import Status, Tracker, open_tracker
@@ -67,7 +75,8 @@ def written(config: Config) -> list[Path]:
 
 def _train(config: Config, engine: engines.Engine, ranks: Ranks, resume: bool) -> Path:
     catalog = everywhere(ranks, lambda: open_data(config, check=engine.rank == 0))
-    learner = build_learner(config, engine)
+    initial = beginning(config, ranks, resume)
+    learner = build_learner(config, engine, initial.values)
     folder = config.run_folder
     state, notes = restore(learner, catalog, folder, ranks) if resume else (None, refuse_overwrite(config))
     position = state["position"] if state else 0
@@ -82,7 +91,7 @@ def _train(config: Config, engine: engines.Engine, ranks: Ranks, resume: bool) -
         for file in record:
             tracker.artifact(file)
         advice = stream.reader.advice(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        for line in [*notes, *describe(learner, catalog), *([advice] if advice else [])]:
+        for line in [*initial.notes, *notes, *describe(learner, catalog), *([advice] if advice else [])]:
             tracker.note(line)
         if position >= last_position(config):
             tracker.note(f"already complete: {position:,} samples")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ import torch
 from foundation.config import Config, config_hash, from_dict, resolved_yaml, to_dict
 from foundation.errors import CheckpointError
 from foundation.files import write_whole
+from foundation.initial import NOTHING, Initial, initial_weights
 from foundation.models.families import attention_backends
+from foundation.models.initialise import Given
 from foundation.objectives.registry import build
 from foundation.training import checkpoint
 from foundation.training import engine as engines
@@ -23,7 +26,7 @@ from foundation.training.meters import environment
 from foundation.training.optim import rule_table
 from foundation.training.pins import Score
 from foundation.training.places import home
-from foundation.training.ranks import Ranks
+from foundation.training.ranks import Ranks, everywhere, together
 from foundation.training.saving import Saver
 from foundation.training.step import Learner
 from shards.augment import Augment
@@ -32,10 +35,19 @@ from shards.catalog import Catalog
 ENVIRONMENT = "environment.json"
 
 
-def build_learner(config: Config, engine: engines.Engine) -> Learner:
-    """Objective, model (same initial weights whatever the engine), optimiser and augmentation."""
+def beginning(config: Config, ranks: Ranks, resume: bool) -> Initial:
+    """The weights of `model.init`; nothing where the run has a checkpoint, which `restore` will take instead."""
+    if config.model.init is None:
+        return NOTHING
+    first = resume and ranks.rank == 0
+    started = together(ranks, lambda: first and checkpoint.latest(home(config))[0] is not None)[0]
+    return NOTHING if started else everywhere(ranks, lambda: initial_weights(config, ranks))
+
+
+def build_learner(config: Config, engine: engines.Engine, given: Mapping[str, Given] | None = None) -> Learner:
+    """Objective, model (same initial weights whatever the engine, `given` ones by name), optimiser and augmentation."""
     objective = build(config)
-    model, optimizer = engine.setup(objective.build_model)
+    model, optimizer = engine.setup(objective.build_model, given)
     d = config.data
     augment = Augment(d.image_size, d.crop_scale, d.crop_ratio, d.flip, d.contrast)
     return Learner(config, engine, objective, model, optimizer, augment, engine.average(model, optimizer))
@@ -108,7 +120,7 @@ def restore(learner: Learner, catalog: Catalog, folder: Path, ranks: Ranks) -> t
     fixed = [("seed",), ("train", "global_batch"), ("train", "samples")]
     fixed += [("name",)] if config.train.checkpoints else []  # a folder or URL that another run writes to
     fixed += [("data", key) for key in now["data"] if key not in FREE]
-    fixed += [("model", key) for key in now["model"] if key != "attention"]
+    fixed += [("model", key) for key in now["model"] if key not in ("attention", "init")]
     fixed += [(section, key) for section in ("objective", "optim") for key in now[section]]
     differing = [".".join(keys) for keys in fixed if dig(then, keys) != dig(now, keys)]
     if state["fingerprint"] != catalog.fingerprint:

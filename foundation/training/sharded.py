@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from foundation.config import Config, TrainConfig
 from foundation.errors import LaunchError
-from foundation.models.initialise import Piece, initialise
+from foundation.models.initialise import Given, Piece, initialise
 from foundation.training.blocks import eight_bits, on_meta, poison, prepare, units, with_features
 from foundation.training.declared import declared
 from foundation.training.engine import Group
@@ -41,12 +41,14 @@ class FSDP2(Group):
         """All processes in one line."""
         return (self.world_size,)
 
-    def setup(self, build: Callable[[], nn.Module]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def setup(
+        self, build: Callable[[], nn.Module], given: Mapping[str, Given] | None = None
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Shard on the meta device, block by block and then the root, and only then take memory."""
         model, train = shard(on_meta(build), self.mesh, self.config.train), self.config.train
         model.to_empty(device="cpu" if train.offload else self.device)
         poison(model)
-        initialise(model, self.config.seed, local_piece)
+        initialise(model, self.config.seed, local_piece, given)
         return model, build_optimizer(model, rules(model, self.config.optim.weight_decay), self.config.optim)
 
     def autocast(self) -> AbstractContextManager[Any]:

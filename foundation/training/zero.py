@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from foundation.config import Config
 from foundation.errors import ConfigError
-from foundation.models.initialise import Piece, initialise
+from foundation.models.initialise import Given, Piece, initialise
 from foundation.training.average import Average
 from foundation.training.blocks import on_meta, poison, prepare, with_features
 from foundation.training.data import micro_batch
@@ -42,7 +42,9 @@ class Zero1(Group):
         deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
         self.mesh = init_device_mesh("cpu", (self.world_size,))
 
-    def setup(self, build: Callable[[], nn.Module]) -> tuple[nn.Module, torch.optim.Optimizer]:
+    def setup(
+        self, build: Callable[[], nn.Module], given: Mapping[str, Given] | None = None
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """The model with its initial weights, handed to DeepSpeed with the optimiser of the rule table."""
         import deepspeed
 
@@ -59,7 +61,7 @@ class Zero1(Group):
             model.register_forward_pre_hook(_in_bf16)
         if self.stage < 3:
             poison(model)
-        initialise(model, self.config.seed, self.local_piece)
+        initialise(model, self.config.seed, self.local_piece, given)
         optimizer = build_optimizer(model, groups, self.config.optim)
         engine, wrapped, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=options)
         return engine, wrapped

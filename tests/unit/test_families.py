@@ -10,13 +10,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from foundation.config import Config, from_dict
-from foundation.models.families import FAMILY, flops, parameters, tokens
+from foundation.models.families import FAMILY, flops, parameters, shapes, tokens
 from foundation.objectives.registry import build
 
 
-def config(size: str = "nano", patch: int = 16, channels: int = 1, **objective: Any) -> Config:
+def config(
+    size: str = "nano", patch: int = 16, channels: int = 1, model: dict[str, Any] | None = None, **objective: Any
+) -> Config:
     """112 pixels are a multiple of 8, 14 and 16."""
-    model = {"size": size, "patch": patch, "channels": channels, "attention": "reference"}
+    model = {"size": size, "patch": patch, "channels": channels, "attention": "reference", **(model or {})}
     return from_dict({"data": {"image_size": 112}, "model": model, "objective": {"windows": 1, **objective}})
 
 
@@ -32,6 +34,51 @@ def test_the_parameter_formula_is_the_model_that_is_built(size: str) -> None:
         assert (p.block, p.decoder_block) == tuple(sum(t.numel() for t in b.parameters()) for b in blocks)
         outside = [t.numel() for name, t in model.named_parameters() if ".blocks." not in name]
         assert p.root == sum(outside)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"layer_scale": 1e-5},
+    {"mlp": "swiglu"},
+    {"qk_norm": True},
+    {"positions": "learned"},
+    {"positions": "learned", "layer_scale": 1e-5, "mlp": "swiglu", "qk_norm": True, "registers": 4, "patch": 14},
+]
+
+
+@pytest.mark.parametrize("size", FAMILY)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_parameter_formula_knows_every_option(size: str, options: dict[str, Any]) -> None:
+    for objective in ("pgga", "mae") if options.get("positions") == "learned" else ("pgga", "sar-jepa"):
+        run = config(size, name=objective, radii=(3, 5), model=options)
+        with torch.device("meta"):
+            model: Any = build(run).build_model()
+        p = parameters(run)
+        assert p.total == sum(t.numel() for t in model.parameters())
+        blocks = (model.encoder.blocks[0], model.decoder.blocks[0])
+        assert (p.block, p.decoder_block) == tuple(sum(t.numel() for t in b.parameters()) for b in blocks)
+        # Pieces are cut by rows, so these count too.
+        ours = sorted((each.rows, each.elements) for each in shapes(run).every)
+        assert ours == sorted((t.shape[0], t.shape[1:].numel()) for t in model.parameters())
+
+
+@pytest.mark.parametrize("size", FAMILY)
+def test_swiglu_has_about_as_many_parameters(size: str) -> None:
+    plain, gated = (parameters(config(size, model={"mlp": mlp}, radii=(3,))).block for mlp in ("gelu", "swiglu"))
+    assert gated == pytest.approx(plain, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("size", "options"), [*(("nano", each) for each in OPTIONS), *((size, OPTIONS[-1]) for size in FAMILY)], ids=str
+)
+def test_the_operations_of_a_block_are_those_a_counter_sees_in_every_size(size: str, options: dict[str, Any]) -> None:
+    run = config(size, name="pgga", radii=(3,), model=options)
+    objective, expected = build(run), flops(run)
+    with torch.device("meta"):
+        model = objective.build_model()
+        masks = objective.masks(torch.arange(1), (side := 112 // run.model.patch, side))
+        with FlopCounterMode(display=False) as counter:
+            model(torch.rand(1, 1, 112, 112), *masks)
+    assert counter.get_total_flops() == expected.forward
 
 
 @pytest.mark.parametrize(

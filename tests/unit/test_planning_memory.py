@@ -114,6 +114,22 @@ def test_the_activation_formula_is_what_a_run_keeps_with_registers(name: str, de
     assert kept_for_backward(run, 4) == pytest.approx(expected.blocks + expected.rest, rel=0.1)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "options",
+    [{"mlp": "swiglu"}, {"layer_scale": 0.1}, {"qk_norm": True}, {"positions": "learned", "mlp": "swiglu"}],
+    ids=str,
+)
+def test_the_activation_formula_is_what_a_run_keeps_of_blocks_with_options(
+    options: dict[str, Any], checkpointing: str
+) -> None:
+    train, objective = {"activation_checkpointing": checkpointing}, {"name": "pgga", "radii": (3,)}
+    run = little(model={"attention": "dense", **options}, objective=objective, train=train)
+    expected = activations(run, 4, "cpu")
+    kept_for_backward(run, 4)  # the constants that all blocks share, once for the process
+    assert kept_for_backward(run, 4) == pytest.approx(expected.blocks + expected.rest, rel=0.02)
+
+
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_the_activation_formula_is_what_a_run_keeps_with_a_linear_head(checkpointing: str) -> None:
     train = {"activation_checkpointing": checkpointing}

@@ -158,7 +158,7 @@ def test_a_frozen_encoder_gives_features_of_whole_images_of_any_size(size: int) 
 @pytest.mark.parametrize(
     ("name", "model", "message"),
     [
-        ("mae", {"positions": "relative"}, "model.positions = 'relative': sincos, which objective.name = 'mae' builds"),
+        ("mae", {"positions": "relative"}, "'relative': sincos or learned, which objective.name = 'mae' builds"),
         ("sar-jepa", {}, "model.positions = 'sincos': relative, which objective.name = 'sar-jepa' builds on"),
         ("fg-mae", {"decoder": {"depth": 0}}, "model.decoder.depth = 0: at least 1: what is hidden enters"),
         ("mae", {"decoder": {"width": 30}}, "model.decoder.width = 30: a multiple of 4: sines and cosines of two axes"),
