@@ -30,6 +30,7 @@ from shards.stream import Batch
 
 FULL_WIDTH = math.sqrt(8 * math.log(2))  # of a Gaussian at half maximum, in standard deviations
 _SLOTS = 1 << 22  # uniform numbers in memory at a time
+_FACTORS = 32  # multiples of 2^-24, so many of which make no product that fp64 rounds to 0
 
 
 def speckle(amplitude: Tensor, looks: float, seed: int, image: int) -> Tensor:
@@ -41,12 +42,13 @@ def speckle(amplitude: Tensor, looks: float, seed: int, image: int) -> Tensor:
     if math.isinf(looks):
         return amplitude
     looks, pixels = int(looks), amplitude.numel()
-    draws, step = [], max(1, _SLOTS // pixels)
+    draws, step = [], max(1, min(_FACTORS, _SLOTS // pixels))
     for first in range(0, looks, step):  # a Gamma variate of L looks is the sum of L exponential ones
         position = torch.tensor([image], dtype=torch.int64)
         count = min(step, looks - first)
         purpose = f"evaluation/speckle/{looks}/{first}"
-        draws.append(-uniform(seed, purpose, position, count * pixels).double().neg().log1p().view(count, -1).sum(0))
+        chances = 1 - uniform(seed, purpose, position, count * pixels).double()
+        draws.append(-chances.view(count, -1).prod(0).log())  # one logarithm for the sum of them all
     gamma = torch.stack(draws).sum(0) / looks
     return amplitude * gamma.sqrt().view_as(amplitude).to(amplitude)
 

@@ -47,7 +47,10 @@ def scene(channels: int = 1, size: int = 32) -> Tensor:
 class Pooled(nn.Module):
     """An encoder without weights worth the name: rows and columns of the image."""
 
-    dim, patch = 32, 1
+    dim, patch, prefix = 32, 1, 1
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]
 
     def forward_features(self, x: Tensor) -> Tensor:
         token = torch.cat([x[:, 0].mean(1), x[:, 0].mean(2)], 1)
