@@ -310,9 +310,9 @@ class MonitorConfig(Section):
     )
     on_collapse: Literal["warn", "stop"] = Field(default="warn", description="one line, or the end of the run")
     min_feature_std: float = Field(
-        default=0.003, ge=0, description="collapsed below: deviation of features over images, 1 on a sphere, 0 equal"
+        default=0.005, ge=0, description="collapsed below: deviation of features over images, 1 on a sphere, 0 equal"
     )
-    min_rankme: float = Field(default=1.03, ge=0, description="collapsed below: effective rank of the features")
+    min_rankme: float = Field(default=1.05, ge=0, description="collapsed below: effective rank of the features")
     min_target_variance: float = Field(
         default=1e-8, ge=0, description="collapsed below: variance of the target over images and positions"
     )

@@ -72,7 +72,11 @@ def describe(features: Tensor) -> dict[str, float]:
 
 
 def collapsed(metrics: Mapping[str, float], limits: MonitorConfig) -> str | None:
-    """What has collapsed, by these metrics and limits, in words; None when nothing has. A NaN is below every limit."""
+    """What has collapsed, by these metrics and limits, in words; None when nothing has. A NaN is below every limit.
+
+    The default limits lie between nano encoders on measured chips: untrained 0.05 to 0.17 and rank 2.3 to 2.6, trained
+    0.02 (MAE) to 0.3 and 1.2 to 4.1, collapsed by step size or decay 0.0001 to 0.003 and 1.00 to 1.03.
+    """
     bounds = {
         "feature_std": ("the features of different images are the same", limits.min_feature_std),
         "rankme": ("the features differ along one direction only", limits.min_rankme),

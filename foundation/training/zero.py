@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -232,6 +232,28 @@ class Zero3(Zero1):
     """Parameters, too, spread; a block is whole only while it computes."""
 
     name, stage = "zero3", 3
+
+    @contextmanager
+    def watching(self, model: Any) -> Iterator[None]:
+        """Afterwards DeepSpeed knows no order of blocks, and has none whole, as before the first update.
+
+        By what it has learnt of another pass it would let go of blocks in the middle of an update, and a block that is
+        recomputed would not do in the backward pass what it did in the forward pass.
+        """
+        coordinator = model.optimizer.parameter_offload.get_param_coordinator()
+        persistent = model.optimizer.persistent_parameters
+
+        def forget() -> None:
+            model.empty_partition_cache()
+            if persistent:
+                persistent[0].all_gather(persistent)
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
+
+        forget()
+        with super().watching(model):
+            yield
+        forget()
 
     def close(self) -> None:
         """Give torch its own product back, which DeepSpeed has replaced for the whole process."""

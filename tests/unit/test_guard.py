@@ -49,7 +49,7 @@ def test_features_along_one_line_have_deviation_and_no_rank() -> None:
     line = rows(1, 16) * rows(64, 1)
     assert feature_std(line) > 0.5
     assert collapsed(WELL | describe(line), LIMITS) == (
-        "the features differ along one direction only (rankme 1, limit 1.03)"
+        "the features differ along one direction only (rankme 1, limit 1.05)"
     )
 
 
@@ -76,8 +76,8 @@ def test_the_variance_does_not_depend_on_who_saw_what(parts: list[int], dim: int
     ("found", "words"),
     [
         ({}, None),
-        ({"feature_std": 0.0029}, "the features of different images are the same (feature_std 0.0029, limit 0.003)"),
-        ({"feature_std": math.nan}, "the features of different images are the same (feature_std nan, limit 0.003)"),
+        ({"feature_std": 0.0049}, "the features of different images are the same (feature_std 0.0049, limit 0.005)"),
+        ({"feature_std": math.nan}, "the features of different images are the same (feature_std nan, limit 0.005)"),
         ({"target_variance": 0.0}, "the target is the same everywhere (target_variance 0, limit 1e-08)"),
     ],
 )
