@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import warnings
@@ -235,25 +236,29 @@ class Zero3(Zero1):
 
     @contextmanager
     def watching(self, model: Any) -> Iterator[None]:
-        """Afterwards DeepSpeed knows no order of blocks, and has none whole, as before the first update.
+        """DeepSpeed learns the order of blocks in an update, and gathers by it; a look has a record of its own.
 
-        By what it has learnt of another pass it would let go of blocks in the middle of an update, and a block that is
-        recomputed would not do in the backward pass what it did in the forward pass.
+        Otherwise a block that is recomputed would not do in the backward pass what it did in the forward pass. Before
+        and after a look no block is whole, as between two updates.
         """
-        coordinator = model.optimizer.parameter_offload.get_param_coordinator()
-        persistent = model.optimizer.persistent_parameters
+        offload, persistent = model.optimizer.parameter_offload, model.optimizer.persistent_parameters
 
-        def forget() -> None:
+        def spread() -> None:
             model.empty_partition_cache()
-            if persistent:
+            if persistent:  # small ones, which stay whole
                 persistent[0].all_gather(persistent)
-            if not coordinator.is_invalid_trace():
-                coordinator._invalidate_trace()
 
-        forget()
-        with super().watching(model):
-            yield
-        forget()
+        spread()
+        learnt, own = offload.param_coordinator, copy.copy(offload.param_coordinator)
+        if not own.is_invalid_trace():
+            own._invalidate_trace()
+        offload.param_coordinator = own
+        try:
+            with super().watching(model):
+                yield
+            spread()
+        finally:
+            offload.param_coordinator = learnt
 
     def close(self) -> None:
         """Give torch its own product back, which DeepSpeed has replaced for the whole process."""
