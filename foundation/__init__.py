@@ -1,1 +1,20 @@
-"""What is learned and how a run goes."""
+"""What is learned and how a run goes. Importing it registers the encoders with timm and imports neither."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from foundation.timm_registry import register
+
+if TYPE_CHECKING:
+    from foundation.models.vit import ViT
+
+register()
+
+
+def load_export(folder: Path | str) -> tuple[ViT, dict[str, Any]]:
+    """The encoder that `foundation export` wrote, and facts of its weights; see `interchange.export.load_export`."""
+    from foundation.interchange.export import load_export as load
+
+    return load(folder)

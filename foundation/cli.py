@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from foundation.cli_bench import bench_app
 from foundation.cli_compare import compare_command
+from foundation.cli_export import export_command
 from foundation.cli_figures import curves_command
 from foundation.cli_plan import plan_command
 from foundation.cli_robustness import drift_command, robustness_command
@@ -34,6 +35,7 @@ app.command("compare")(compare_command)
 app.command("curves")(curves_command)
 app.command("robustness")(robustness_command)
 app.command("drift")(drift_command)
+app.command("export")(export_command)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to keys, e.g. optim.lr=3e-4 train.samples=100000")]
 Device = Annotated[str, typer.Option(help="Device, e.g. cpu or cuda")]

@@ -119,7 +119,7 @@ class ViT(nn.Module):
     def prefixed(self, tokens: Tensor) -> Tensor:
         """Patch tokens [B, n, dim] → [B, prefix + n, dim]: class token, registers, patches."""
         first = [token.to(tokens.dtype) for token in (self.cls_token, self.register_token) if token is not None]
-        return torch.cat([*(token.expand(len(tokens), -1, -1) for token in first), tokens], dim=1)
+        return torch.cat([*(token.expand(tokens.shape[0], -1, -1) for token in first), tokens], dim=1)
 
     def encode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """Patch tokens [B, h·w, dim] → [B, prefix + h·w, dim] after all blocks and the final norm."""
