@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from foundation.timm_registry import register
-
-if TYPE_CHECKING:
-    from foundation.models.vit import ViT
 
 register()
 
 
-def load_export(folder: Path | str) -> tuple[ViT, dict[str, Any]]:
-    """The encoder that `foundation export` wrote, and facts of its weights; see `interchange.export.load_export`."""
+def load_export(folder: Path | str) -> tuple[Any, dict[str, Any]]:
+    """The encoder that `foundation export` wrote, and facts of its weights; see `interchange.export`."""
     from foundation.interchange.export import load_export as load
 
     return load(folder)

@@ -14,9 +14,10 @@ from foundation.errors import CheckpointError, ConfigError, StorageError
 from foundation.files import write_whole
 from foundation.interchange import onnx_format, timm_format
 from foundation.interchange.card import card
-from foundation.interchange.source import FORMAT, Source, features, gap, images, open_source, pooled, rebuilt
+from foundation.interchange.saratrx import FORMAT
+from foundation.interchange.source import Source, features, gap, images, open_source, pooled, rebuilt
 from foundation.interchange.timm_format import WEIGHTS
-from foundation.models.vit import ViT
+from foundation.models.hivit import HiViT, Shape
 from foundation.training.checkpoint import check_tensors, shapes
 
 TOLERANCE = 1e-4
@@ -74,10 +75,11 @@ def export(
     return Exported(out, worst)
 
 
-def load_export(folder: Path | str) -> tuple[ViT, dict[str, Any]]:
+def load_export(folder: Path | str) -> tuple[Any, dict[str, Any]]:
     """The encoder of an exported folder (torch, huggingface, timm) in evaluation mode, and the facts of its weights.
 
-    `facts` are those of `Source.facts`. Raises CheckpointError for a folder that is none of these.
+    A `ViT` and `Source.facts`, or what `foundation import` made of SARATR-X: a `HiViT`. Raises CheckpointError for a
+    folder that is none of these.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -93,7 +95,7 @@ def load_export(folder: Path | str) -> tuple[ViT, dict[str, Any]]:
         ) from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise CheckpointError(f"this is no export of the format «{FORMAT}»", where=where, do=do)
-    encoder = rebuilt(facts["parts"], where)
+    encoder: Any = HiViT(Shape(**facts["hivit"])).eval() if "hivit" in facts else rebuilt(facts["parts"], where)
     check_tensors(shapes(weights), shapes(encoder.state_dict()), where=where)
     encoder.load_state_dict(weights)
     return encoder, facts

@@ -1,8 +1,9 @@
-"""Encoders in and out: checkpoints of this trainer and published ones (SAR-JEPA, LoMaR, MAE), by names of tensors."""
+"""Encoders in: checkpoints of this trainer and published ones (SAR-JEPA, LoMaR, MAE, FG-MAE), by names of tensors."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from foundation.config import Config, from_dict, to_dict
 from foundation.errors import CheckpointError
+from foundation.interchange.saratrx import from_saratrx, is_hivit, write_hivit
 from foundation.models.families import FAMILY, Row
 from foundation.models.heads import Decoder, LinearHead, MaskedImageModel, MaskedWindowModel
 from foundation.models.initialise import initialise
@@ -25,6 +27,7 @@ from foundation.models.vit import ViT
 from foundation.objectives.reconstruction import build_encoder
 from foundation.training import checkpoint
 
+log = logging.getLogger(__name__)
 # (pattern of a published name, ours). No sin-cos table is kept: SAR-JEPA and LoMaR never add theirs, MAE's is fixed.
 _PUBLISHED = (
     (r"^(encoder_pred|decoder_embed)\.", "decoder.embed."),
@@ -39,6 +42,7 @@ _CHANNELS = "encoder.patch_embed.proj.weight"
 _PIXELS = ("decoder.pred.weight", "decoder.pred.bias")
 FIXED = ("pos_embed", "decoder_pos_embed")
 UNUSED = frozenset(FIXED)
+KNOWN = "SAR-JEPA, LoMaR, MAE and FG-MAE with decoder or head, MAE's encoder alone, SARATR-X"
 _DO = "save it again with torch.save({'model': state_dict}, path)"
 
 
@@ -59,7 +63,7 @@ def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     linear = is_linear(state)
     ours = {rename(name, linear): tensor for name, tensor in state.items() if name not in UNUSED}
     channels = ours[_CHANNELS].shape[1] if _CHANNELS in ours and ours[_CHANNELS].ndim == 4 else 1
-    if linear or not is_relative(ours):  # LoMaR and MAE predict pixels
+    if linear or is_pixels(ours):  # LoMaR and MAE predict pixels, FG-MAE does not
         divisible = {n: ours[n] for n in _PIXELS if n in ours and len(ours[n]) % channels == 0}
         ours |= {name: by_channel(tensor, channels, 0) for name, tensor in divisible.items()}
     return ours
@@ -79,6 +83,19 @@ def is_linear(published: Iterable[str]) -> bool:
 def is_relative(ours: Iterable[str]) -> bool:
     """Whether our names are those of a model with tables of relative positions: all but MAE's."""
     return any(name.endswith(".attn.rpe.table") for name in ours)
+
+
+def is_pixels(ours: Mapping[str, Tensor]) -> bool:
+    """Whether a model without relative positions predicts all pixels of a patch, as MAE does and FG-MAE does not."""
+    if is_relative(ours) or _CHANNELS not in ours or "decoder.pred.weight" not in ours:
+        return False
+    return len(ours["decoder.pred.weight"]) == ours[_CHANNELS].shape[1:].numel()
+
+
+def is_alone(ours: Iterable[str]) -> bool:
+    """Whether our names are those of MAE's encoder without the decoder, as it is often published."""
+    names = list(ours)
+    return bool(names) and not is_relative(names) and all(name.startswith("encoder.") for name in names)
 
 
 def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
@@ -123,7 +140,7 @@ def model_of(
         raise CheckpointError(
             f"this is not a SAR-JEPA, LoMaR or MAE model: {error} is missing or has another shape",
             where=where,
-            do="import checkpoints with a decoder or linear head whose tensors carry the published names",
+            do=f"import checkpoints whose tensors carry the published names: {KNOWN}",
         ) from error
     return MaskedWindowModel(encoder, width, decoder_depth, decoder_heads, out, attention)
 
@@ -154,23 +171,64 @@ def read_file(path: Path) -> Any:
         ) from error
 
 
-def read_published(path: Path) -> dict[str, Tensor]:
-    """The tensors of a published `.pth` under our names. Nothing in the file is executed."""
+def read_state(path: Path) -> dict[str, Tensor]:
+    """The tensors of a published `.pth` under their own names."""
     loaded = read_file(path)
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError("no state dict found", where=str(path), do=_DO)
+    return state
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """The tensors of a published `.pth` under our names, of MAE with the fixed positions that are added here."""
+    return checked(read_state(path), str(path))
+
+
+def checked(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """A published state dict under our names. Raises CheckpointError for positions that are not those added here."""
     ours = from_published(state)
     learnt = [] if is_relative(ours) else [n for n in FIXED if n in state and fixed_gap(state[n]) > 1e-4]
     if learnt:
         what = f"{learnt[0]} is not the fixed table of sines and cosines that MAE adds"
-        raise CheckpointError(what, where=str(path), do="learnt positions are not supported; import an MAE checkpoint")
+        raise CheckpointError(what, where=where, do="learnt positions are not supported; import an MAE checkpoint")
     return ours
 
 
+def with_fresh_decoder(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """MAE's encoder with the published decoder's sizes and initial weights, so that it is a whole model."""
+    if not {_CHANNELS, "encoder.cls_token"} <= set(state):
+        return dict(state)
+    values = state[_CHANNELS].shape[1:].numel()
+    shapes = {"decoder.embed.weight": torch.empty(512, 0), "decoder.pred.weight": torch.empty(values, 0)}
+    blocks = {f"decoder.blocks.{i}.": torch.empty(0) for i in range(8)}
+    model = model_of({**state, **shapes, **blocks}, where=where)
+    initialise(model, 0)
+    return {n: t for n, t in model.state_dict().items() if not n.startswith("encoder.")} | dict(state)
+
+
+def check_predictions(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise CheckpointError where a model of MAE's frame predicts neither pixels nor FG-MAE's histograms."""
+    _, channels, patch, _ = state[_CHANNELS].shape
+    values, histograms = len(state["decoder.pred.weight"]), 9 * (patch // 8) ** 2 * channels
+    if not is_pixels(state) and values != histograms:
+        what = f"the decoder predicts {values} values of a patch: MAE {channels * patch**2}, FG-MAE {histograms}"
+        raise CheckpointError(what, where=where, do="take out decoder_* and mask_token, and import the encoder alone")
+
+
 def import_published(path: Path, out: Path) -> Path:
-    """Turn a published `.pth` into a checkpoint that `evaluate` and `report` read. Returns its folder."""
-    state = read_published(path)
+    """Turn a published `.pth` into a checkpoint that `evaluate` and `report` read. Returns its folder.
+
+    MAE's encoder alone gets a decoder with initial weights. The encoder of SARATR-X is no ViT: `out` becomes a folder
+    for `load_export`.
+    """
+    published = read_state(path)
+    if is_hivit(published):
+        return write_hivit(*from_saratrx(published, str(path)), out, path.name)
+    state = checked(published, str(path))
+    if alone := is_alone(state):
+        log.warning("%s holds no decoder: it gets one with initial weights", path)
+        state = with_fresh_decoder(state, str(path))
     model = model_of(state, where=str(path))
     checkpoint.check_tensors(checkpoint.shapes(state), checkpoint.shapes(model.state_dict()), where=str(path))
     encoder = model.encoder
@@ -186,6 +244,10 @@ def import_published(path: Path, out: Path) -> Path:
     if isinstance(decoder, Decoder):
         head = {"width": decoder.embed.out_features, "depth": len(decoder.blocks), "heads": decoder.heads}
     fixed, linear = isinstance(model, MaskedImageModel), isinstance(decoder, LinearHead)
+    objective = "lomar" if linear else "sar-jepa"
+    if fixed:
+        objective = "mae" if is_pixels(state) else "fg-mae"
+        check_predictions(state, str(path))
     config = from_dict(
         {
             "name": path.stem,
@@ -196,10 +258,10 @@ def import_published(path: Path, out: Path) -> Path:
                 "positions": "sincos" if fixed else "relative",
                 "decoder": head,
             },
-            "objective": {"name": "mae" if fixed else "lomar" if linear else "sar-jepa"},
+            "objective": {"name": objective},
         }
     )
-    facts = {"position": 0, "config": to_dict(config), "imported_from": path.name}
+    facts = {"position": 0, "config": to_dict(config), "imported_from": path.name, "fresh_decoder": alone}
     tensors = {f"model.{name}": tensor for name, tensor in state.items()}
     return Path(checkpoint.save(out / "checkpoints", tensors, facts, position=0))
 

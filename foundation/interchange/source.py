@@ -14,6 +14,7 @@ from foundation.errors import CheckpointError
 from foundation.evaluation.scores import Score, from_rows
 from foundation.files import read_json
 from foundation.interchange.published import load_encoder
+from foundation.interchange.saratrx import FORMAT
 from foundation.models.attention import Attention
 from foundation.models.vit import ViT
 from foundation.training import checkpoint
@@ -62,9 +63,6 @@ class Source:
             "samples": self.state["position"],
             "averaged": self.averaged,
         }
-
-
-FORMAT = "sar-foundation encoder, version 1"
 
 
 def open_source(run: Path, averaged: bool = False, best: bool = False, pool: str | None = None) -> Source:
