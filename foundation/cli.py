@@ -175,7 +175,7 @@ def import_checkpoint(
     checkpoint: Annotated[Path, typer.Argument(help="Published SAR-JEPA checkpoint (.pth)")],
     out: Annotated[Path, typer.Argument(help="Run folder to make")],
 ) -> None:
-    """Turn a published checkpoint (SAR-JEPA, LoMaR, MAE) into one of this trainer."""
+    """Turn a published checkpoint (SAR-JEPA, LoMaR, MAE, FG-MAE, SARATR-X) into one of this trainer."""
     from foundation.interchange import import_published
 
     show("checkpoint", import_published(checkpoint, out))

@@ -84,11 +84,7 @@ def encoder_state(source: Source) -> dict[str, Tensor]:
 def timm_state(source: Source) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
     """Architecture, arguments and tensors of our encoder for timm; the model must take every tensor."""
     chosen, arguments = architecture(source)
-    state = encoder_state(source)
-    with torch.device("meta"):
-        empty = need_timm().create_model(chosen, **arguments)
-    check_tensors(shapes(state), shapes(empty.state_dict()), where=chosen)
-    return chosen, arguments, state
+    return fitting(chosen, arguments, encoder_state(source), "export with --format torch or onnx")
 
 
 def stock_state(source: Source) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
@@ -114,12 +110,19 @@ def stock_state(source: Source) -> tuple[str, dict[str, Any], dict[str, Tensor]]
     arguments |= {"num_classes": 0, "global_pool": source.pool, "fc_norm": False}
     arguments |= {} if encoder.classes else {"class_token": False}
     arguments |= {"reg_tokens": registers} if (registers := encoder.prefix - encoder.classes) else {}
+    return fitting(chosen, arguments, state, do)
+
+
+def fitting(
+    chosen: str, arguments: dict[str, Any], state: dict[str, Tensor], do: str
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """The three again. Raises CheckpointError where the architecture has not exactly these tensors."""
     with torch.device("meta"):
-        empty = timm.create_model(chosen, **arguments)
+        empty = need_timm().create_model(chosen, **arguments)
     try:
-        check_tensors(shapes(state), shapes(empty.state_dict()), where=chosen)
+        check_tensors(shapes(state), shapes(empty.state_dict()))
     except CheckpointError as error:
-        raise CheckpointError(f"{chosen} has other parts than this encoder: {error.what}", do=do) from error
+        raise CheckpointError(f"timm's {chosen} has other tensors than this encoder: {error.what}", do=do) from error
     return chosen, arguments, state
 
 

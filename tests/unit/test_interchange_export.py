@@ -11,15 +11,18 @@ import pytest
 import torch
 import yaml
 from exported_runs import config_of, make_run, write_scores
+from published import published_state
 from torch import Tensor
 
 import foundation
 from foundation.config import config_hash
 from foundation.errors import CheckpointError, ConfigError, StorageError
 from foundation.interchange import export as exporting
+from foundation.interchange import import_published, timm_format
 from foundation.interchange.export import FORMATS, export, load_export
 from foundation.interchange.published import load_encoder
 from foundation.interchange.source import images, open_source
+from foundation.objectives.registry import build
 
 Command = Callable[..., Any]
 
@@ -54,7 +57,7 @@ def refusal(kind: type[Exception], *arguments: Any, **options: Any) -> str:
 def test_an_exported_encoder_is_built_and_loaded_again_with_the_same_tensors(
     run: Path, tmp_path: Path, form: str
 ) -> None:
-    if form == "timm":
+    if form != "torch":
         pytest.importorskip("timm", reason="needs the extra timm")
     made = export(run, tmp_path / "out", form)
     encoder, facts = foundation.load_export(made.path)
@@ -195,6 +198,7 @@ def test_a_graph_that_computes_something_else_is_not_kept(
 
 
 def test_a_card_says_what_was_learned_how_good_it_is_and_how_it_is_loaded(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("timm", reason="needs the extra timm")
     write_scores(run, "4,096 samples")
     out = export(run, tmp_path / "out", "huggingface").path
     text = (out / "README.md").read_text()
@@ -236,6 +240,23 @@ def test_a_card_says_when_its_scores_are_of_other_weights_and_what_the_leakage_r
     assert "Not checked: the run has neither" in text
 
 
+def test_imported_weights_are_exported_with_their_origin(tmp_path: Path) -> None:
+    torch.save(published_state(build(config_of(side=64, patch=16)).build_model()), tmp_path / "a.pth")
+    out = export(import_published(tmp_path / "a.pth", tmp_path / "run"), tmp_path / "out", "torch").path
+    assert "origin: published weights, imported from `a.pth`" in (out / "README.md").read_text()
+
+
+def test_an_architecture_with_other_tensors_is_refused(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("timm", reason="needs the extra timm")
+    real = timm_format.encoder_state
+    monkeypatch.setattr(timm_format, "encoder_state", lambda s: real(s) | {"gamma": torch.zeros(1)})
+    text = refusal(CheckpointError, run, tmp_path / "out", "huggingface")
+    assert "timm's sar_vit_nano_patch8_224 has other tensors than this encoder" in text
+    assert "1 unexpected: gamma" in text
+
+
 def test_the_example_in_a_card_runs(run: Path, tmp_path: Path) -> None:
     out = export(run, tmp_path / "out", "torch").path
     code = (out / "README.md").read_text().split("```python\n")[1].split("```")[0].replace("FOLDER", str(out))
@@ -264,8 +285,7 @@ def test_the_command_line_prints_the_folder_and_the_difference(run: Path, tmp_pa
 def test_a_model_that_timm_cannot_hold_is_refused(
     tmp_path: Path, model: dict[str, Any], form: str, message: str
 ) -> None:
-    if form.startswith("timm"):
-        pytest.importorskip("timm", reason="needs the extra timm")
+    pytest.importorskip("timm", reason="needs the extra timm")
     folder = make_run(tmp_path / "run", config_of(**model))
     assert message in refusal(CheckpointError, folder, tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
