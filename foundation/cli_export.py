@@ -33,7 +33,7 @@ def export_command(
     out: Annotated[Path, typer.Argument(help="Folder to make")],
     form: Annotated[Form, typer.Option("--format", help="Who shall read it")],
     average: Annotated[bool, typer.Option("--average", "--ema", help="The running average of the weights")] = False,
-    best: Annotated[bool, typer.Option("--best", help="The pinned checkpoint, not the newest")] = False,
+    best: Annotated[bool, typer.Option("--best", help="The checkpoint that the online probe found best")] = False,
     pool: Annotated[
         Pool | None,
         typer.Option(help="Features: class token, or mean of the patch tokens; default: token if there is one"),

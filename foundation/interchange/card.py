@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -85,8 +84,8 @@ def _scores(source: Source) -> str:
 def _leakage(source: Source) -> str:
     report = source.leakage
     if report is not None:
-        verdict = report.get("verdict") if isinstance(report, dict) else None
-        return str(verdict) if verdict else f"```json\n{json.dumps(report, indent=1)[:4000]}\n```"
+        leaked = "**" if report.get("verdict") == "leaked" else ""
+        return f"{leaked}{report['sentence']}{leaked}"
     counted = {str(s.settings[LEAKED]) for s in source.scores if LEAKED in s.settings}
     if counted:
         return f"Test images among the pretraining images, by content hash: {', '.join(sorted(counted))}."

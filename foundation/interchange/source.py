@@ -18,7 +18,6 @@ from foundation.interchange.saratrx import FORMAT
 from foundation.models.attention import Attention
 from foundation.models.vit import ViT
 from foundation.training import checkpoint
-from foundation.training.committed import candidates, place_of
 from shards.addressed import uniform
 
 POOLS = ("token", "avg")
@@ -38,7 +37,7 @@ class Source:
     averaged: bool
     pool: str
     scores: tuple[Score, ...] = ()
-    leakage: Any = None
+    leakage: dict[str, Any] | None = None
 
     @property
     def image_size(self) -> int:
@@ -66,14 +65,14 @@ class Source:
 
 
 def open_source(run: Path, averaged: bool = False, best: bool = False, pool: str | None = None) -> Source:
-    """The encoder of a run or checkpoint: the newest weights, their running average, or those of the pinned checkpoint.
+    """The encoder of a run or checkpoint: the newest weights, their running average, or the best by its probe.
 
     `pool` None takes the class token, or the mean of the patch tokens where there is none. Raises CheckpointError where
     there is no such checkpoint or average, or no class token for `token`.
     """
     from foundation.evaluation.runs import run_folder
 
-    folder = pinned(run) if best else run
+    folder: Path | str = checkpoint.best(run) if best else run
     encoder, config = load_encoder(folder, averaged=averaged)
     with_backend(encoder, "auto")
     if pool == "token" and not encoder.classes:
@@ -93,19 +92,6 @@ def open_source(run: Path, averaged: bool = False, best: bool = False, pool: str
         tuple(from_rows(read_json(scores))) if scores.exists() else (),
         read_json(leakage) if leakage.exists() else None,
     )
-
-
-def pinned(run: Path) -> Path:
-    """The checkpoint of a run that a file PIN keeps. Raises CheckpointError for none and for several."""
-    folder = place_of(run)
-    names = [name for name in candidates(folder) if "PIN" in (folder / name).names()]
-    if len(names) != 1:
-        raise CheckpointError(
-            f"{len(names)} checkpoints of this run are pinned" + (f": {', '.join(names)}" if names else ""),
-            where=str(folder),
-            do="name the folder of one checkpoint instead of --best",
-        )
-    return Path(str((folder / names[0]).location))
 
 
 def with_backend(encoder: nn.Module, backend: str) -> None:

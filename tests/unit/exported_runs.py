@@ -41,7 +41,7 @@ def make_run(root: Path, config: Config, position: int = 4096, pin: bool = False
     facts = {"position": position, "fingerprint": "f1a9" * 16, "config": to_dict(config), "run_id": None}
     folder = Path(str(checkpoint.save(root / "checkpoints", tensors, facts, position)))
     if pin:
-        (folder / "PIN").touch()
+        (folder / "PIN").write_text('{"score": 0.5, "name": "probe"}')
     return root
 
 

@@ -226,13 +226,14 @@ def test_a_card_says_when_its_scores_are_of_other_weights_and_what_the_leakage_r
     run: Path, tmp_path: Path
 ) -> None:
     write_scores(run, "9,999 samples")
-    (run / "leakage.json").write_text(json.dumps({"verdict": "2 scenes are shared", "pairs": [1]}))
+    verdict = {"verdict": "leaked", "sentence": "The encoder was PRETRAINED ON 3 of 50 test images themselves."}
+    (run / "leakage.json").write_text(json.dumps(verdict))
     text = (export(run, tmp_path / "out", "torch", averaged=True).path / "README.md").read_text()
     assert "**None is of the weights in this folder (4,096 samples, averaged).**" in text
-    assert "2 scenes are shared" in text
+    assert "**The encoder was PRETRAINED ON 3 of 50 test images themselves.**" in text
     assert "weights: running average" in text
-    (run / "leakage.json").write_text(json.dumps({"pairs": 3}))
-    assert '"pairs": 3' in (export(run, tmp_path / "b", "torch").path / "README.md").read_text()
+    (run / "leakage.json").write_text(json.dumps({"verdict": "clean", "sentence": "None of the 50 was learnt."}))
+    assert "\nNone of the 50 was learnt.\n" in (export(run, tmp_path / "b", "torch").path / "README.md").read_text()
     (run / "leakage.json").unlink()
     (run / "scores.json").unlink()
     text = (export(run, tmp_path / "c", "torch").path / "README.md").read_text()
@@ -302,13 +303,8 @@ def test_a_folder_with_something_in_it_is_left_alone(run: Path, tmp_path: Path) 
 
 def test_a_run_without_what_was_asked_for_is_named(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", config_of())
-    assert "0 checkpoints of this run are pinned" in refusal(
-        CheckpointError, folder, tmp_path / "o", "torch", best=True
-    )
-    for position in (100, 200):
-        make_run(folder, config_of(), position, pin=True)
     text = refusal(CheckpointError, folder, tmp_path / "o", "torch", best=True)
-    assert "2 checkpoints of this run are pinned: samples-000000000200, samples-000000000100" in text
+    assert "no checkpoint is pinned as the best by a probe" in text
     assert "there is no checkpoint" in refusal(CheckpointError, tmp_path / "absent", tmp_path / "o", "torch")
 
 
