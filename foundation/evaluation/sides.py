@@ -1,0 +1,70 @@
+"""Which images are learnt from and tested: those of a split file, or a catalog's own splits; either way, on record."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from foundation.config import DataConfig
+from foundation.evaluation import splits
+from foundation.evaluation.draws import Draws
+from foundation.evaluation.features import Listing
+from foundation.evaluation.suite import sides as own_sides
+from foundation.training.data import cache, ruled
+from shards.catalog import Catalog
+from shards.catalog import load as load_catalog
+
+FOLDER = "splits"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The listings, the split they are, and the catalog that the tested images lie in."""
+
+    train: Listing
+    test: Listing
+    split: splits.Split
+    tested: Catalog
+    train_data: str
+    """names the training images: the catalog's fingerprint, or the sha256 of a split file"""
+    draws: Path | None = None
+    """folder of draws that came with a split file"""
+
+    def keep(self, run: Path) -> tuple[Path, Draws]:
+        """Write the split into `RUN/splits`; the file, and where few-shot draws of it are kept."""
+        name = self.split.sha256[:12]
+        path = splits.write(self.split, run / FOLDER / f"{name}.json")
+        folder = run / FOLDER / f"{name}.draws"
+        if self.draws is not None and not folder.exists():
+            shutil.copytree(self.draws, folder)
+        return path, Draws(self.split.sha256, folder)
+
+
+def choose(
+    data: str,
+    test: str | None,
+    rules: DataConfig,
+    split: Path | None = None,
+    column: str | None = None,
+    allow_shared_groups: bool = False,
+) -> Chosen:
+    """The images of the split file, sought in both catalogs, or the own splits of the catalogs `data` and `test`.
+
+    `rules` are the amplitude rules of the encoder. Raises DataError as `splits.read`, `splits.check` and
+    `splits.listings` do. The own splits of a catalog may share groups: the scores say so.
+    """
+    known = cache(rules)
+    if split is not None:
+        wanted = splits.read(split)
+        splits.check(wanted, str(split), allow_shared_groups)
+        pool = ruled(load_catalog(*dict.fromkeys((data, test or data)), cache=known), rules, known=True)
+        train, tested = splits.listings(wanted, pool, str(split))
+        draws = split.with_suffix(".draws")
+        return Chosen(train, tested, wanted, pool, wanted.sha256, draws if draws.is_dir() else None)
+    catalog, other = (ruled(load_catalog(root, cache=known), rules, known=True) for root in (data, test or data))
+    train, tested = own_sides(catalog, None if test is None else other)
+    column = column or "scene"
+    known_groups = splits.groups(catalog, column) | splits.groups(other, column)
+    found = splits.of_listings(train, tested, known_groups, column)
+    return Chosen(train, tested, found, other.select("test"), catalog.select("train").fingerprint)
