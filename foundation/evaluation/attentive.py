@@ -22,11 +22,15 @@ from foundation.evaluation.tuning import empty_linear, generator
 from shards.addressed import permutation
 
 RATES, DECAYS = (1e-3, 3e-3), (1e-2, 0.3)
+STEPS = 150  # at least so many are made: an epoch of few images is one step
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a probe is learnt: AdamW, cosine to zero by step; learning rate and weight decay are chosen."""
+    """How a probe is learnt: AdamW, cosine to zero by step; learning rate and weight decay are chosen.
+
+    With few images there are more epochs, so that there are STEPS steps.
+    """
 
     lr: float
     weight_decay: float
@@ -74,11 +78,12 @@ def _learn(tokens: Tensor, y: Tensor, classes: int, seed: int, setting: Setting,
     probe = Probe(tokens.shape[-1], classes, seed, sample.mean(0), sample.std(0).clamp_min(1e-4)).to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=setting.lr, weight_decay=setting.weight_decay)
     size = min(setting.batch, len(y))
-    steps, total = len(y) // size, setting.epochs * (len(y) // size)
-    for epoch in range(setting.epochs):
+    steps = len(y) // size
+    epochs = max(setting.epochs, math.ceil(STEPS / steps))
+    for epoch in range(epochs):
         order = permutation(seed, "evaluation/attentive/order", torch.tensor([epoch]), len(y))[0]
         for step in range(steps):
-            at = (epoch * steps + step) / total
+            at = (epoch * steps + step) / (epochs * steps)
             optimizer.param_groups[0]["lr"] = setting.lr * 0.5 * (1 + math.cos(math.pi * at))
             pick = order[step * size : (step + 1) * size]
             loss = F.cross_entropy(probe(tokens[pick].to(device)), y[pick].to(device))
