@@ -24,6 +24,8 @@ from foundation.training.data import training_catalog
 from foundation.training.mlflow_sink import MlflowSink
 from shards.catalog import Catalog
 
+FOREIGN = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
+
 
 def evaluate_run(
     path: Path,
@@ -50,6 +52,7 @@ def evaluate_run(
     test images. The scores join those in the run's `scores.json` and `.md`, replacing the same measurement, the answers
     those in `predictions`, and the run's report and MLflow run are brought up to date. Returns all scores of the run.
     """
+    refuse_foreign(path)
     encoder, config = load_encoder(path, device, averaged)
     state = checkpoint.load(path, None)
     chosen = choose(data, test, config.data, split, allow_shared_groups=allow_shared_groups)
@@ -82,6 +85,19 @@ def evaluate_run(
         where = config.model_copy(update={"run_root": str(run.parent)})
         publish(where, state["run_id"], int(state["position"]), new, [*pages, split_file], files)
     return scores
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise CheckpointError for a file, and for a folder of somebody else's weights."""
+    others = [path] if path.is_file() else []
+    if path.is_dir() and not (path / "checkpoints").is_dir():
+        others = [file for suffix in FOREIGN for file in sorted(path.glob(f"*{suffix}"))]
+    if others:
+        raise CheckpointError(
+            f"{others[0].name} is no run or checkpoint of this trainer",
+            where=str(path),
+            do="turn published weights into a run first: foundation import FILE RUN; then evaluate RUN",
+        )
 
 
 def named(place: str | Path, fingerprint: str) -> str:

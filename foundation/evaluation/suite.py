@@ -169,4 +169,12 @@ def _check(encoders: Mapping[str, ViT], task: Task, protocol: str, options: Opti
             where="evaluate",
             do="a score needs at least two classes: pack labelled images of another class into the train split",
         )
+    found = task.train.reader[task.train.ids[0]].pixels.shape[0]
+    for name, encoder in encoders.items():
+        if (takes := getattr(encoder, "channels", found)) != found:
+            raise DataError(
+                f"the images have {found} channels, the encoder «{name}» takes {takes}",
+                where="evaluate",
+                do="evaluate on images packed with the channels of the pretraining data",
+            )
     check_disjoint(task.train, task.test)
