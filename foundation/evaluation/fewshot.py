@@ -85,8 +85,8 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits of the images."""
         tokens = self.encoder.forward_features(images)
-        mean = tokens[:, self.encoder.prefix :].mean(1)
-        feature = self.encoder.pooled(tokens) if self.pool == "token" else mean
+        token = self.pool == "token"
+        feature = self.encoder.pooled(tokens) if token else tokens[:, self.encoder.prefix :].mean(1)
         return self.head(self.standard(feature))
 
 

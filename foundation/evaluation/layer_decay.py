@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable
 
 _BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
-_STEM = re.compile(r"(?:^|\.)(?:patch_embed|cls_token|pos_embed|registers?|register_token|reg_token|mask_token)(?:\.|$)")
+_STEM = re.compile(
+    r"(?:^|\.)(?:patch_embed|cls_token|pos_embed|registers?|register_token|reg_token|mask_token)(?:\.|$)"
+)
 
 
 def layer(name: str, depth: int) -> int:

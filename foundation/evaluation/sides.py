@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from foundation.evaluation import splits
 from foundation.evaluation.draws import Draws
 from foundation.evaluation.features import Listing
 from foundation.evaluation.suite import sides as own_sides
+from foundation.files import write_whole
 from foundation.training.data import cache, ruled
 from shards.catalog import Catalog
 from shards.catalog import load as load_catalog
@@ -36,8 +36,9 @@ class Chosen:
         name = self.split.sha256[:12]
         path = splits.write(self.split, run / FOLDER / f"{name}.json")
         folder = run / FOLDER / f"{name}.draws"
-        if self.draws is not None and not folder.exists():
-            shutil.copytree(self.draws, folder)
+        if self.draws is not None:  # what came with the split stands above what was drawn here before
+            for file in sorted(self.draws.glob("*.json")):
+                write_whole(folder / file.name, file.read_bytes())
         return path, Draws(self.split.sha256, folder)
 
 

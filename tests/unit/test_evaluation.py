@@ -44,7 +44,7 @@ class Chips(list):
 class Toy(nn.Module):
     """An encoder that passes pixels on: tokens are the rows of the image, the class token is their flattened sum."""
 
-    dim, patch = 16, 1
+    dim, patch, prefix = 16, 1, 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,6 +55,9 @@ class Toy(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         rows = x[:, 0].transpose(1, 2).mean(1)
         return torch.stack([self.mix(rows), 2 * rows, 4 * rows], 1)
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]
 
 
 def task(**changes: object) -> Task:

@@ -228,6 +228,9 @@ def test_draws_that_come_with_a_split_file_are_used(packed: Path, tmp_path: Path
     (given / "mine.draws").mkdir(parents=True)
     (given / "mine.draws" / path.name).write_bytes(path.read_bytes())
     found = choose(str(packed), None, DataConfig(), splits.write(own(packed), given / "mine.json"))
+    mine = tmp_path / "run" / "splits" / f"{found.split.sha256[:12]}.draws" / path.name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("drawn here before")
     file, draws = found.keep(tmp_path / "run")
     assert splits.read(file) == found.split
     assert (draws.folder / path.name).read_bytes() == path.read_bytes()  # type: ignore[operator]

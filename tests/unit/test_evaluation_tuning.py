@@ -20,7 +20,7 @@ from shards.errors import DataError
 def test_layers_are_numbered_from_the_pixels_to_the_head() -> None:
     table = {
         "encoder.cls_token": 0,
-        "encoder.registers": 0,
+        "encoder.register_token": 0,
         "encoder.patch_embed.proj.weight": 0,
         "encoder.blocks.0.attn.qkv.weight": 1,
         "encoder.blocks.0.attn.rpe.table": 1,
