@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from foundation.cli_text import console, print_table, show
 
@@ -63,6 +64,7 @@ def evaluate_command(
     ema: Annotated[bool, typer.Option(help="Take the running average of the weights (optim.ema_half_life)")] = False,
 ) -> None:
     """Score an encoder, beside the untrained encoder, the pixels and the background-only control."""
+    from foundation.evaluation.leakage import warnings
     from foundation.evaluation.runs import evaluate_run
     from foundation.evaluation.scores import to_table
 
@@ -86,6 +88,8 @@ def evaluate_command(
             progress=teller(status.update),
         )
     console.print(to_table(scores))
+    for line in warnings(scores):
+        console.print(f"[bold red]{escape(line)}[/]", highlight=False, soft_wrap=True)
 
 
 def splits_command(

@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from foundation.evaluation.features import Listing
-from shards.augment import resize_center, values
-from shards.stream import Batch
+from shards.augment import values
 
 PIXELS = "pixels-PCA"
 WINDOW, SIDE = 64, 32  # the pixel control looks at the centre of a chip, where its target is, at half the resolution
@@ -112,23 +111,6 @@ class PixelComponents:
         spread = torch.from_numpy(self.fitted.explained_variance_)
         found = torch.from_numpy(self.fitted.transform(samples.double().numpy()))
         return (found * (spread > 1e-12 * spread.max())).float()
-
-
-def pca_features(
-    train: Listing, test: Listing, crop: int | None = None, components: int = 100
-) -> tuple[Tensor, Tensor]:
-    """Principal components, fitted on `train`, of the logarithm of the middle of each image: fp32 [N, D], [M, D]."""
-    from sklearn.decomposition import PCA
-
-    seen = [torch.cat([_middle(part, crop) for part in samples.batches(256)]).numpy() for samples in (train, test)]
-    fitted = PCA(min(components, *seen[0].shape), random_state=0).fit(seen[0])
-    x, z = (torch.from_numpy(fitted.transform(part)).float() for part in seen)
-    return x, z
-
-
-def _middle(part: Batch, crop: int | None) -> Tensor:
-    images = resize_center(part, 64, min(64, crop or 64))
-    return (adaptive_avg_pool2d(images, 32) + 1 / 255).log().flatten(1)
 
 
 def centre(image: Tensor, crop: int | None) -> Tensor:

@@ -7,7 +7,14 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 
-def predict(train: Tensor, y: Tensor, test: Tensor, classes: int, *, k: int = 20, temperature: float = 0.07) -> Tensor:
+def predict(train: Tensor, y: Tensor, test: Tensor, *, k: int = 20, temperature: float = 0.07) -> Tensor:
+    """Classes of `test` [M, D]: int64 [M], the most probable of `probabilities`."""
+    return probabilities(train, y, test, int(y.max()) + 1, k=k, temperature=temperature).argmax(1)
+
+
+def probabilities(
+    train: Tensor, y: Tensor, test: Tensor, classes: int, *, k: int = 20, temperature: float = 0.07
+) -> Tensor:
     """Class probabilities fp32 [M, classes] of `test` [M, D]: the shares of the votes of the k most similar rows of
     `train` [N, D] (classes `y` int64 [N]).
 

@@ -38,6 +38,14 @@ def _fit(x: Tensor, y: Tensor, strength: float, steps: int) -> Any:
 
 
 def predict(
+    train: Tensor, y: Tensor, test: Tensor, *, seed: int = 0, steps: int = 1000
+) -> tuple[Tensor, dict[str, Any]]:
+    """Classes of `test` [M, D]: int64 [M], the most probable of `probabilities`, and the settings."""
+    found, settings = probabilities(train, y, test, int(y.max()) + 1, seed=seed, steps=steps)
+    return found.argmax(1), settings
+
+
+def probabilities(
     train: Tensor, y: Tensor, test: Tensor, classes: int, *, seed: int = 0, steps: int = 1000
 ) -> tuple[Tensor, dict[str, Any]]:
     """Class probabilities fp32 [M, classes] of `test` [M, D] learnt from `train` [N, D], `y` int64 [N], and settings.

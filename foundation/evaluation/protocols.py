@@ -41,7 +41,8 @@ class Options:
 class Task:
     """What every encoder of a suite is asked: train and test samples and how they are shown.
 
-    `draws` are where few-shot draws are kept; `progress` is told (what, done, total).
+    `draws` are where few-shot draws are kept; `progress` is told (done, total) of features, `report` what is under way
+    as well, (what, done, total).
     """
 
     train: Listing
@@ -50,12 +51,13 @@ class Task:
     crop: int | None = None
     batch: int = 64
     device: torch.device | str = "cpu"
-    progress: Report | None = None
+    progress: Progress | None = None
+    report: Report | None = None
     draws: Draws = field(default_factory=Draws)
 
     def telling(self, what: str) -> Progress | None:
         """The progress of one thing."""
-        return None if self.progress is None else partial(self.progress, what)
+        return self.progress if self.report is None else partial(self.report, what)
 
 
 @dataclass(frozen=True)
@@ -117,13 +119,13 @@ def _knn(subject: Subject, options: Options) -> Answer:
         mean, deviation = train.mean(0), train.std(0).clamp_min(1e-6)
         train, test = (train - mean) / deviation, (test - mean) / deviation
     y, classes = subject.task.train.y, len(subject.task.train.classes)
-    found = knn.predict(train, y, test, classes)
+    found = knn.probabilities(train, y, test, classes)
     return _one("knn", subject, found, {"k": min(20, len(train)), "temperature": 0.07})
 
 
 def _linear(subject: Subject, options: Options | None = None) -> Answer:
     train, test = subject.features
-    return _one("linear", subject, *probe.predict(train.x, train.y, test.x, len(train.classes)))
+    return _one("linear", subject, *probe.probabilities(train.x, train.y, test.x, len(train.classes)))
 
 
 def _attentive(subject: Subject, options: Options) -> Answer:

@@ -58,7 +58,7 @@ def evaluate_run(
     chosen = choose(data, test, config.data, split, allow_shared_groups=allow_shared_groups)
     pictures, run = training_data(config), run_folder(path)
     split_file, draws = chosen.keep(run)
-    task = Task(chosen.train, chosen.test, config.data.image_size, crop, device=device, progress=progress, draws=draws)
+    task = Task(chosen.train, chosen.test, config.data.image_size, crop, device=device, report=progress, draws=draws)
     found = measure(
         {"pretrained": encoder, RANDOM: random_encoder(config, config.seed, device)},
         task,

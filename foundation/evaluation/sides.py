@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from foundation.config import DataConfig
 from foundation.evaluation import splits
@@ -20,7 +25,7 @@ FOLDER = "splits"
 
 @dataclass(frozen=True)
 class Chosen:
-    """The listings, the split they are, and the catalog that the tested images lie in."""
+    """The listings, the split they are, and the catalog of the tested images."""
 
     train: Listing
     test: Listing
@@ -40,6 +45,21 @@ class Chosen:
             for file in sorted(self.draws.glob("*.json")):
                 write_whole(folder / file.name, file.read_bytes())
         return path, Draws(self.split.sha256, folder)
+
+
+def only(catalog: Catalog, keys: Collection[str]) -> Catalog:
+    """The samples of a catalog with these keys."""
+    wanted, sources = pa.array(sorted(set(keys))), []
+    for source in catalog.sources:
+        rows = []
+        for table in catalog.tables(["key"], source):
+            (at,) = pc.is_in(table["key"], value_set=wanted).to_numpy().nonzero()
+            rows.append(at.astype(np.int32))
+        if source.rows is not None:
+            rows = [old[new] for old, new in zip(source.rows, rows, strict=True)]
+        if sum(map(len, rows)):
+            sources.append(replace(source, rows=tuple(rows)))
+    return replace(catalog, sources=tuple(sources))
 
 
 def choose(
@@ -62,7 +82,8 @@ def choose(
         pool = ruled(load_catalog(*dict.fromkeys((data, test or data)), cache=known), rules, known=True)
         train, tested = splits.listings(wanted, pool, str(split))
         draws = split.with_suffix(".draws")
-        return Chosen(train, tested, wanted, pool, wanted.sha256, draws if draws.is_dir() else None)
+        there = only(pool, tested.keys)
+        return Chosen(train, tested, wanted, there, wanted.sha256, draws if draws.is_dir() else None)
     catalog, other = (ruled(load_catalog(root, cache=known), rules, known=True) for root in (data, test or data))
     train, tested = own_sides(catalog, None if test is None else other)
     column = column or "scene"

@@ -68,7 +68,7 @@ def evaluate(
     samples.
     """
     train, test = sides(catalog, test_catalog)
-    task = Task(train, test, image_size, crop, batch, device, progress)
+    task = Task(train, test, image_size, crop, batch, device, report=progress)
     options = {"mode": mode, "recipe": recipe, "shots": shots, "seeds": seeds, "epochs": epochs}
     return evaluate_task(encoder_by_name, task, protocol, **options)  # type: ignore[arg-type]
 
@@ -120,8 +120,8 @@ def measure(
     for name, encoder in [*encoder_by_name.items(), (BACKGROUND, None), (PIXELS, None)]:
         subject = Subject(name, encoder, task, keep_tokens="attentive" in protocols)
         for one in protocols:
-            if task.progress is not None:
-                task.progress(f"{name}: {one}", 0, 1)
+            if task.report is not None:
+                task.report(f"{name}: {one}", 0, 1)
             found += [(name, answer, encoder is not None) for answer in subject.answers(one, options)]
     titles = list(dict.fromkeys(answer.protocol for _, answer, _ in found))
     found.sort(key=lambda part: titles.index(part[1].protocol))

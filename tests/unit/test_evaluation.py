@@ -172,7 +172,7 @@ def test_the_linear_layer_learns_separable_shots_and_repeats_itself_exactly() ->
 def test_permuted_labels_give_chance_in_every_protocol() -> None:
     (x, y), (z, truth) = clusters(60, spread=1.0), clusters(100, seed=1, spread=1.0)
     y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(3))]
-    answers = (knn.predict(x, y, z, 4), probe.predict(x, y, z, 4)[0], fewshot.linear(x, y, z, 4, 0))
+    answers = (knn.probabilities(x, y, z, 4), probe.probabilities(x, y, z, 4)[0], fewshot.linear(x, y, z, 4, 0))
     for found in (*answers, attentive.predict(x[:, None], y, z[:, None], 4)[0]):
         assert abs(metrics.accuracy(truth, found) - 0.25) < 0.15
         torch.testing.assert_close(found.sum(1), torch.ones(400))
@@ -180,8 +180,8 @@ def test_permuted_labels_give_chance_in_every_protocol() -> None:
 
 def test_separable_features_give_full_marks_to_neighbours_and_probe() -> None:
     (x, y), (z, truth) = clusters(30), clusters(20, seed=1)
-    predicted, chosen = probe.predict(x, y, z, 4)
-    assert metrics.accuracy(truth, predicted) == metrics.accuracy(truth, knn.predict(x, y, z, 4)) == 1
+    predicted, chosen = probe.probabilities(x, y, z, 4)
+    assert metrics.accuracy(truth, predicted) == metrics.accuracy(truth, knn.probabilities(x, y, z, 4)) == 1
     assert chosen["C"] in probe.STRENGTHS
     assert chosen["converged"]
 
@@ -212,7 +212,7 @@ def test_a_loss_that_is_not_finite_stops_the_few_shot_run() -> None:
 
 def test_neighbours_are_counted_by_weight_and_never_more_than_there_are() -> None:
     bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]])
-    found = knn.predict(bank, torch.tensor([0, 1, 1]), torch.tensor([[5.0, 0.1], [0.0, 2.0]]), 3)
+    found = knn.probabilities(bank, torch.tensor([0, 1, 1]), torch.tensor([[5.0, 0.1], [0.0, 2.0]]), 3)
     assert found.argmax(1).tolist() == [0, 1]
     assert found.shape == (2, 3)
     assert not found[:, 2].any()
@@ -221,11 +221,11 @@ def test_neighbours_are_counted_by_weight_and_never_more_than_there_are() -> Non
 def test_the_probe_holds_out_a_fifth_of_each_class_and_needs_two_classes() -> None:
     y = torch.tensor([0] * 50 + [1] * 10 + [2])
     assert torch.bincount(y[probe.held_out(y)], minlength=3).tolist() == [10, 2, 0]
-    one_each, chosen = probe.predict(torch.eye(2), torch.tensor([0, 2]), torch.eye(2), 3)
+    one_each, chosen = probe.probabilities(torch.eye(2), torch.tensor([0, 2]), torch.eye(2), 3)
     assert (one_each.argmax(1).tolist(), chosen["C"], chosen["held_out_accuracy"]) == ([0, 2], 1.0, None)
     assert not one_each[:, 1].any()
     with pytest.raises(DataError, match="at least two classes"):
-        probe.predict(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64), torch.randn(4, 2), 1)
+        probe.probabilities(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64), torch.randn(4, 2), 1)
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

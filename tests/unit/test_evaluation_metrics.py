@@ -59,8 +59,8 @@ def test_the_confusion_matrix_counts_truth_by_row_and_answer_by_column() -> None
 def test_answers_and_scores_are_what_they_were_when_protocols_returned_classes() -> None:
     (x, y), (z, truth) = clusters(40, 0), clusters(60, 1)
     answers = {
-        "knn": knn.predict(x, y, z, 4),
-        "linear": probe.predict(x, y, z, 4)[0],
+        "knn": knn.probabilities(x, y, z, 4),
+        "linear": probe.probabilities(x, y, z, 4)[0],
         "fewshot": fewshot.linear(x, y, z, 4, 0),
     }
     marks = {name: hashlib.sha256(bytes(p.argmax(1).tolist())).hexdigest()[:16] for name, p in answers.items()}

@@ -39,7 +39,7 @@ def test_all_protocols_share_one_extraction_for_each_encoder(monkeypatch: pytest
     seen, extract = [], protocols.extract
     monkeypatch.setattr(protocols, "extract", lambda *a, **k: seen.append(k["keep_tokens"]) or extract(*a, **k))
     told: list[tuple[str, int, int]] = []
-    t = task(progress=lambda *facts: told.append(facts))
+    t = task(report=lambda *facts: told.append(facts))
     found = measure({"pretrained": Toy(), RANDOM: Toy()}, t, "all", Options(shots=(2,), seeds=(0, 1)))
     assert seen == [True] * 4  # train and test of two encoders
     titles = ("knn", "linear", "attentive", "2-shot linear")
