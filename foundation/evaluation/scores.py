@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foundation.evaluation.metrics import METRICS, resampled, resamples
+from foundation.evaluation.metrics import METRICS, certain, resampled, resamples
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -81,6 +81,7 @@ def t_interval(values: Sequence[float], within: tuple[float, float] = (0.0, 1.0)
 
 def bootstrap(y: Tensor, probabilities: Tensor, metric: str, seed: int = 0, count: int = 1000) -> tuple[float, float]:
     """Ends of the 95 % percentile interval of `metric` over resampled test sets; addressed by `seed`."""
+    probabilities = certain(y, probabilities)
     parts = resamples(seed, "evaluation/bootstrap", count, len(y))
     values = torch.cat([resampled(metric, y, probabilities, counts) for counts in parts])
     low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
@@ -96,7 +97,8 @@ def score(
     seeds: Sequence[int],
     settings: dict[str, Any] | None = None,
 ) -> Score:
-    """The score of the class probabilities (fp32 [N, C] for each seed) against `y` int64 [N]."""
+    """The score of the class probabilities (fp32 [N, C] for each seed, or classes int64 [N]) against `y` int64 [N]."""
+    probabilities = [certain(y, p) for p in probabilities]
     values = tuple(METRICS[metric](y, p) for p in probabilities)
     mean, low, high = t_interval(values)
     if len(values) == 1:
