@@ -53,7 +53,9 @@ def confusion(y: Tensor, predicted: Tensor, classes: int) -> Tensor:
 
 def certain(y: Tensor, answers: Tensor) -> Tensor:
     """Class probabilities [N, C] as they are; of classes int64 [N], probability 1 for each."""
-    return answers if answers.ndim == 2 else one_hot(answers.long(), int(max(y.max(), answers.max(), 1)) + 1).float()
+    return (
+        answers if answers.ndim == 2 else one_hot(answers.long(), max(int(y.max()), int(answers.max()), 1) + 1).float()
+    )
 
 
 METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {
