@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from foundation.cli_bench import bench_app
 from foundation.cli_compare import compare_command
+from foundation.cli_evaluate import evaluate_command, paired_command, splits_command
 from foundation.cli_export import export_command
 from foundation.cli_figures import curves_command
 from foundation.cli_plan import plan_command
@@ -36,24 +37,11 @@ app.command("curves")(curves_command)
 app.command("robustness")(robustness_command)
 app.command("drift")(drift_command)
 app.command("export")(export_command)
+app.command("evaluate")(evaluate_command)
+app.command("splits")(splits_command)
+app.command("paired")(paired_command)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to keys, e.g. optim.lr=3e-4 train.samples=100000")]
-Device = Annotated[str, typer.Option(help="Device, e.g. cpu or cuda")]
-
-
-class Protocol(StrEnum):
-    """Evaluation protocols."""
-
-    knn = "knn"
-    linear = "linear"
-    fewshot = "fewshot"
-
-
-class Mode(StrEnum):
-    """What the few-shot protocol trains."""
-
-    linear = "linear"
-    finetune = "finetune"
 
 
 class Listed(StrEnum):
@@ -109,46 +97,6 @@ def train(
         raise typer.Exit(signals.STOPPED) from None
     if os.environ.get("RANK", "0") == "0":
         show("run", run)
-
-
-@app.command()
-def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="Run folder or checkpoint folder")],
-    data: Annotated[str, typer.Option(help="Catalog (folder or URL) with a train and a test split")],
-    protocol: Annotated[Protocol, typer.Option(help="How the features are judged")] = Protocol.linear,
-    test: Annotated[str | None, typer.Option(help="Catalog of the test split, when it is another one")] = None,
-    mode: Annotated[Mode, typer.Option(help="fewshot: frozen encoder or fine-tuning")] = Mode.linear,
-    shots: Annotated[str, typer.Option(help="fewshot: images per class, e.g. 10,20,40")] = "10,20,40",
-    seeds: Annotated[int, typer.Option(min=1, help="fewshot: number of draws")] = 5,
-    crop: Annotated[
-        int, typer.Option(min=0, help="Centre crop in pixels before resizing; 128 as published, 0: none")
-    ] = 128,
-    device: Device = "cpu",
-    ema: Annotated[bool, typer.Option(help="Take the running average of the weights (optim.ema_half_life)")] = False,
-) -> None:
-    """Score an encoder, beside the untrained encoder and the background-only control."""
-    from foundation.evaluation.leakage import warnings
-    from foundation.evaluation.runs import evaluate_run
-    from foundation.evaluation.scores import to_table
-
-    check_device(device)
-    with console.status("evaluating") as status:
-        scores = evaluate_run(
-            checkpoint,
-            data,
-            protocol.value,
-            test=test,
-            mode=mode.value,
-            shots=integers(shots, "--shots"),
-            seeds=range(seeds),
-            crop=crop or None,
-            device=device,
-            averaged=ema,
-            progress=lambda done, total: status.update(f"features of {done:,} of {total:,} images"),
-        )
-    console.print(to_table(scores))
-    for line in warnings(scores):
-        console.print(f"[bold red]{escape(line)}[/]", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -217,27 +165,3 @@ def list_parts(what: Annotated[Listed, typer.Argument()]) -> None:
     from foundation.listing import rows
 
     print_table(*rows(what.value))
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that torch does not know or this machine does not have."""
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise typer.BadParameter(f"{device!r} cannot be used here: {reason}", param_hint="--device") from error
-
-
-def integers(text: str, option: str) -> tuple[int, ...]:
-    """`10,20,40` as positive numbers."""
-    try:
-        numbers = tuple(int(part) for part in text.split(","))
-        if min(numbers) < 1:
-            raise ValueError(text)
-        return numbers
-    except ValueError as error:
-        raise typer.BadParameter(
-            f"{text!r} is not a list of whole numbers such as 10,20,40", param_hint=option
-        ) from error

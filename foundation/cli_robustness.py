@@ -23,7 +23,7 @@ def robustness_command(
     """Accuracy on corrupted test images of a linear probe learnt on clean ones, beside untrained encoder and pixels."""
     from rich.markup import escape
 
-    from foundation.cli import check_device
+    from foundation.cli_evaluate import check_device
     from foundation.evaluation.robustness import FIGURE, FILE, robustness_run, to_table
     from foundation.evaluation.robustness_figure import robustness_figure
     from foundation.evaluation.runs import run_folder
@@ -63,7 +63,7 @@ def drift_command(
     out: Annotated[Path, typer.Option(help="Folder for drift.json and drift.png")] = Path("drift"),
 ) -> None:
     """How much the target of each objective changes when the same scene gets new speckle."""
-    from foundation.cli import integers
+    from foundation.cli_evaluate import integers
     from foundation.evaluation import drift
     from shards.catalog import load
 

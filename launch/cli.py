@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from foundation.cli import Overrides, Protocol
+from foundation.cli import Overrides
+from foundation.cli_evaluate import Protocol
 from foundation.cli_text import console, show
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from foundation.config import from_dict
@@ -15,7 +16,7 @@ def figures(run: Path) -> list[Path]:
     return sorted((run / FIGURES).glob("*.png"))
 
 
-def send(sink: MlflowSink, files: list[Path]) -> None:
+def send(sink: MlflowSink, files: Sequence[Path]) -> None:
     """Queue files for the run's artifacts, figures in a folder of their own."""
     for file in files:
         sink.artifact(file, FIGURES if file.parent.name == FIGURES else "")

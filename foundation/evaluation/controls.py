@@ -13,7 +13,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from foundation.evaluation.features import Listing
 from shards.augment import values
 
-PIXELS = "pixels-PCA"
+PIXELS = "pixels (PCA)"
 WINDOW, SIDE = 64, 32  # the pixel control looks at the centre of a chip, where its target is, at half the resolution
 CORNER = 40 / 128
 NUMBERS = (

@@ -16,6 +16,7 @@ from shards.schema import content_hash
 from shards.stream import Batch
 
 Progress = Callable[[int, int], None]
+TOKEN_GIB = 8.0  # patch tokens of one listing that may be held, in GiB
 
 
 class SampleReader(Protocol):
@@ -60,16 +61,19 @@ class Listing:
             yield replace(batch, label=self.y[start : start + size])
 
 
-def listing(reader: SampleReader, names: Sequence[str], classes: Sequence[str] | None = None) -> Listing:
+def listing(
+    reader: SampleReader, names: Sequence[str], classes: Sequence[str] | None = None, where: str = ""
+) -> Listing:
     """List the labelled samples of `reader`; `names[label]` is the class of a label of that reader.
 
     `classes` fixes the numbering (the training set's, for a test set); by default it is the classes that occur, sorted.
-    Raises DataError when nothing is labelled or a sample's class is not in `classes`.
+    Raises DataError when nothing is labelled (in `where`) or a sample's class is not in `classes`.
     """
     samples = [(i, s.label, s.key, content_hash(s.pixels)) for i, s in _samples(reader) if s.label >= 0]
     if not samples:
         raise DataError(
             f"none of the {len(reader)} samples has a class",
+            where=where,
             do="evaluate on sources packed with class labels",
         )
     ids, labels, keys, hashes = zip(*samples, strict=True)
@@ -105,7 +109,7 @@ def check_disjoint(train: Listing, test: Listing) -> None:
 class Features:
     """`x` fp32 [N, D] class tokens (`mean` where there are none), `mean` fp32 [N, D] averages of the patch tokens.
 
-    `y` int64 [N] indexes `classes`.
+    `y` int64 [N] indexes `classes`; `tokens` are the patch tokens, fp16 [N, n, D], if they were asked for.
     """
 
     x: Tensor
@@ -113,9 +117,21 @@ class Features:
     y: Tensor
     classes: tuple[str, ...]
     keys: tuple[str, ...]
+    tokens: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.y)
+
+
+def room(samples: int, shape: torch.Size) -> Tensor:
+    """An empty fp16 tensor for the patch tokens ([B, n, D]) of so many samples. Raises DataError beyond TOKEN_GIB."""
+    if (need := samples * shape[1] * shape[2] * 2 / 2**30) > TOKEN_GIB:
+        raise DataError(
+            f"the patch tokens of {samples:,} images ({shape[1]} tokens of {shape[2]} numbers in fp16) take {need:.1f} "
+            f"GiB; at most {TOKEN_GIB:g} GiB are held",
+            do="leave the attentive probe out, or name fewer images in a split file (--split)",
+        )
+    return torch.empty(samples, *shape[1:], dtype=torch.float16)
 
 
 def image_batches(
@@ -141,22 +157,29 @@ def extract(
     batch: int = 64,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    keep_tokens: bool = False,
 ) -> Features:
     """Features of all `samples` in their order, computed in fp32 with the encoder in evaluation mode.
 
     The encoder is moved to `device` and its mode restored; `progress(done, total)` is called after each batch.
+    `keep_tokens` keeps all patch tokens; raises DataError when they take more than TOKEN_GIB.
     """
     was_training = encoder.training
     encoder.to(device).eval()
     cls, mean, done = [], [], 0
+    kept: Tensor | None = None
     try:
         for pixels in image_batches(samples, image_size, crop, batch, device):
             tokens = encoder.forward_features(pixels).float().cpu()
-            cls.append(encoder.pooled(tokens))
-            mean.append(tokens[:, encoder.prefix :].mean(1))
+            patches = tokens[:, encoder.prefix :]
+            cls.append(encoder.pooled(tokens).clone())  # a view would keep all tokens
+            mean.append(patches.mean(1))
+            if keep_tokens:
+                kept = room(len(samples), patches.shape) if kept is None else kept
+                kept[done : done + len(patches)] = patches
             done += len(tokens)
             if progress is not None:
                 progress(done, len(samples))
     finally:
         encoder.train(was_training)
-    return Features(torch.cat(cls), torch.cat(mean), samples.y, samples.classes, samples.keys)
+    return Features(torch.cat(cls), torch.cat(mean), samples.y, samples.classes, samples.keys, kept)

@@ -40,7 +40,15 @@ def _fit(x: Tensor, y: Tensor, strength: float, steps: int) -> Any:
 def predict(
     train: Tensor, y: Tensor, test: Tensor, *, seed: int = 0, steps: int = 1000
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Classes of `test` [M, D] learnt from `train` [N, D], `y` int64 [N]: int64 [M] and the settings that were used.
+    """Classes of `test` [M, D]: int64 [M], the most probable of `probabilities`, and the settings."""
+    found, settings = probabilities(train, y, test, int(y.max()) + 1, seed=seed, steps=steps)
+    return found.argmax(1), settings
+
+
+def probabilities(
+    train: Tensor, y: Tensor, test: Tensor, classes: int, *, seed: int = 0, steps: int = 1000
+) -> tuple[Tensor, dict[str, Any]]:
+    """Class probabilities fp32 [M, classes] of `test` [M, D] learnt from `train` [N, D], `y` int64 [N], and settings.
 
     The strength C is the one with the best accuracy on a held-out fifth of TRAIN (the smaller of equals; 1 if no class
     has two samples); the model is then fitted on all of TRAIN. Raises DataError when there are fewer than two classes.
@@ -58,4 +66,6 @@ def predict(
     model = _fit(train, y, best, steps)
     taken = int(max(model[-1].n_iter_))
     settings = {"C": best, "held_out_accuracy": tried.get(best), "iterations": taken, "converged": taken < steps}
-    return torch.from_numpy(model.predict(test.numpy())), settings
+    found = torch.zeros(len(test), classes)
+    found[:, torch.from_numpy(model.classes_)] = torch.from_numpy(model.predict_proba(test.numpy())).float()
+    return found, settings

@@ -11,19 +11,21 @@ from typing import Any
 
 from foundation.config import Config
 from foundation.errors import CheckpointError, ConfigError, DataError
-from foundation.evaluation import fewshot, leakage
+from foundation.evaluation import fewshot, leakage, predictions
 from foundation.evaluation.artifacts import figures, send
-from foundation.evaluation.features import Progress
 from foundation.evaluation.panels import SCORES, read_scores, write_run_report
+from foundation.evaluation.protocols import FULL, RANDOM, Options, Report
 from foundation.evaluation.scores import Score, to_json, to_markdown
-from foundation.evaluation.suite import RANDOM, evaluate
+from foundation.evaluation.sides import choose
+from foundation.evaluation.suite import Task, measure
 from foundation.files import write_whole
 from foundation.interchange import load_encoder, random_encoder
 from foundation.training import checkpoint
-from foundation.training.data import cache, ruled, training_catalog
+from foundation.training.data import training_catalog
 from foundation.training.mlflow_sink import MlflowSink
 from shards.catalog import Catalog
-from shards.catalog import load as load_catalog
+
+FOREIGN = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
 
 
 def evaluate_run(
@@ -32,56 +34,84 @@ def evaluate_run(
     protocol: str,
     *,
     test: str | None = None,
+    split: Path | None = None,
+    allow_shared_groups: bool = False,
     mode: str = "linear",
+    recipe: str = "published",
     shots: Sequence[int] = fewshot.SHOTS,
     seeds: Sequence[int] = fewshot.SEEDS,
+    epochs: int = FULL.epochs,
     crop: int | None = None,
     device: str = "cpu",
     averaged: bool = False,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> list[Score]:
     """Evaluate the encoder at `path` (run folder or checkpoint) on the catalog `data`, train split against test split.
 
-    `averaged` takes the running average of its weights. Every score records its weights (samples seen), data and
-    whether the encoder was pretrained on test images. The scores join those in the run's `scores.json` and `.md`,
-    replacing the same measurement, and the run's report and MLflow run are brought up to date. Returns all scores of
-    the run.
+    `split` names a split file that says which images of the catalogs these are; `averaged` takes the running average of
+    the weights. Every score records its weights (samples seen), data, split and whether the encoder was pretrained on
+    test images. The scores join those in the run's `scores.json` and `.md`, replacing the same measurement, the answers
+    those in `predictions`, and the run's report and MLflow run are brought up to date. Returns all scores of the run.
     """
+    refuse_foreign(path)
     encoder, config = load_encoder(path, device, averaged)
     state = checkpoint.load(path, None)
-    catalog, tested = (
-        ruled(load_catalog(root, cache=cache(config.data)), config.data, known=True) for root in (data, test or data)
+    chosen = choose(data, test, config.data, split, allow_shared_groups=allow_shared_groups)
+    pictures, run = training_data(config), run_folder(path)
+    split_file, draws = chosen.keep(run)
+    task = Task(chosen.train, chosen.test, config.data.image_size, crop, device=device, report=progress, draws=draws)
+    found = measure(
+        {"pretrained": encoder, RANDOM: random_encoder(config, config.seed, device)},
+        task,
+        protocol,
+        Options(mode, recipe, shots, seeds, epochs),
     )
-    pictures = training_data(config)
     origin = {
         "weights": f"{state['position']:,} samples" + ", averaged" * averaged,
-        "data": f"{os.path.basename(os.path.abspath(data))} {tested.select('test').fingerprint[:8]}",
-        "train_data": catalog.select("train").fingerprint,
-        **leaked(run_folder(path), pictures, tested.select("test"), state.get("fingerprint")),
+        "data": named(data, chosen.tested.fingerprint) if split is None else named(split, chosen.split.sha256),
+        "train_data": chosen.train_data,
+        "split": chosen.split.sha256,
+        "split_file": str(split_file.relative_to(run)),
+        "shared_groups": len(chosen.split.shared_groups()),
+        "allow_shared_groups": allow_shared_groups,
+        **leaked(run, pictures, chosen.tested, state.get("fingerprint")),
         "random_init": f"one initialisation, seed {config.seed}; the interval does not cover it",
     }
-    found = evaluate(
-        {"pretrained": encoder, RANDOM: random_encoder(config, config.seed, device)},
-        catalog,
-        protocol,
-        image_size=config.data.image_size,
-        mode=mode,
-        shots=shots,
-        seeds=seeds,
-        crop=crop,
-        test_catalog=tested,
-        device=device,
-        progress=progress,
-    )
-    found = [replace(score, settings={**score.settings, **origin}) for score in found]
-    run, new = run_folder(path), {measurement(score) for score in found}
-    scores = [*(s for s in read_scores(run) if measurement(s) not in new), *found]
-    files = [write_whole(run / SCORES, to_json(scores)), write_whole(run / "scores.md", to_markdown(scores))]
-    files += [write_run_report(run, pictures or catalog, tested), *figures(run)]
+    new = [replace(one, settings={**one.settings, **origin}) for each in found for one in each.scores]
+    facts = (origin["weights"], origin["data"], f"train {chosen.train_data[:8]}", f"crop {crop}")
+    text = ", ".join(map(str, (*facts, f"{config.data.image_size} px")))
+    files = predictions.write(run, [replace(each.predictions, measurement=text) for each in found])
+    scores, pages = keep(run, new, pictures or chosen.tested, chosen.tested)
     if state.get("run_id") and config.tracking.mlflow:
         where = config.model_copy(update={"run_root": str(run.parent)})
-        publish(where, state["run_id"], int(state["position"]), found, files)
+        publish(where, state["run_id"], int(state["position"]), new, [*pages, split_file], files)
     return scores
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raise CheckpointError for a file, and for a folder of somebody else's weights."""
+    others = [path] if path.is_file() else []
+    if path.is_dir() and not (path / "checkpoints").is_dir():
+        others = [file for suffix in FOREIGN for file in sorted(path.glob(f"*{suffix}"))]
+    if others:
+        raise CheckpointError(
+            f"{others[0].name} is no run or checkpoint of this trainer",
+            where=str(path),
+            do="turn published weights into a run first: foundation import FILE RUN; then evaluate RUN",
+        )
+
+
+def named(place: str | Path, fingerprint: str) -> str:
+    """Last part of a path and the first digits of what it holds."""
+    return f"{os.path.basename(os.path.abspath(place))} {fingerprint[:8]}"
+
+
+def keep(run: Path, new: Sequence[Score], pictures: Catalog, labelled: Catalog) -> tuple[list[Score], list[Path]]:
+    """Put scores among those of a run in place of the same measurements, and draw its report; all scores, the files."""
+    known = {measurement(score) for score in new}
+    scores = [*(s for s in read_scores(run) if measurement(s) not in known), *new]
+    files = [write_whole(run / SCORES, to_json(scores)), write_whole(run / "scores.md", to_markdown(scores))]
+    return scores, [*files, write_run_report(run, pictures, labelled), *figures(run)]
 
 
 def training_data(config: Config) -> Catalog | None:
@@ -103,14 +133,23 @@ def measurement(score: Score) -> tuple[Any, ...]:
     return score.encoder, score.protocol, score.metric, *(score.settings.get(key) for key in keys)
 
 
-def publish(config: Config, run_id: str, position: int, scores: Sequence[Score], files: Sequence[Path]) -> None:
-    """Add scores and files to the encoder's MLflow run; a store that is down costs a line, not the scores."""
+def publish(
+    config: Config,
+    run_id: str,
+    position: int,
+    scores: Sequence[Score],
+    files: Sequence[Path],
+    answers: Sequence[Path] = (),
+) -> None:
+    """Add scores, files and answers to the encoder's MLflow run; a store that is down costs a line, not the scores."""
     sink = MlflowSink.open(config, run_id, print, running=False)
     if sink is None:
         return
     names = {f"{s.protocol}/{s.encoder}/{s.metric}": s.mean for s in scores}
     sink.metrics(position, time.time(), names)
-    send(sink, list(files))
+    send(sink, files)
+    for file in answers:
+        sink.artifact(file, predictions.FOLDER)
     sink.close(None)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from shards.addressed import bits
+from foundation.evaluation.metrics import METRICS, certain, resampled, resamples
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,27 +46,25 @@ class Score:
         return self.encoder, self.protocol, self.metric, number, interval, seeds, str(self.n_test)
 
     @property
+    def paired(self) -> str:
+        """What the paired test against another encoder found, if it was made: difference in points and p."""
+        found = self.settings.get("paired")
+        return f"{100 * found['difference']:+.1f} ({p_value(found['p'])})" if found else ""
+
+    @property
     def origin(self) -> str:
         """Which weights on which data, as far as recorded; and loudly, whether they have seen the test images."""
         parts = [f"{key} {self.settings[key]}" for key in ("weights", "data", "crop") if self.settings.get(key)]
         if isinstance(seen := self.settings.get("pretrained_on_test_images"), int) and seen:
             parts.append(f"PRETRAINED ON {seen} OF THE TEST IMAGES")
+        if shared := self.settings.get("shared_groups"):
+            parts.append(f"TRAIN AND TEST SHARE {shared} GROUPS")
         return ", ".join(parts)
 
 
-def accuracy(y: Tensor, predicted: Tensor) -> float:
-    """Share of right answers; int64 [N] each."""
-    return (y == predicted).double().mean().item()
-
-
-def balanced_accuracy(y: Tensor, predicted: Tensor) -> float:
-    """Mean over the classes that occur in `y` of the share of right answers; int64 [N] each."""
-    total = torch.bincount(y)
-    right = torch.bincount(y[y == predicted], minlength=len(total))
-    return (right[total > 0] / total[total > 0].double()).mean().item()
-
-
-METRICS: dict[str, Callable[[Tensor, Tensor], float]] = {"accuracy": accuracy, "balanced accuracy": balanced_accuracy}
+def p_value(p: float) -> str:
+    """A p value as it is printed."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def t_interval(values: Sequence[float], within: tuple[float, float] = (0.0, 1.0)) -> tuple[float, float, float]:
@@ -81,13 +79,12 @@ def t_interval(values: Sequence[float], within: tuple[float, float] = (0.0, 1.0)
     return mean, max(within[0], mean - half), min(within[1], mean + half)
 
 
-def bootstrap(y: Tensor, predicted: Tensor, metric: str, seed: int = 0, resamples: int = 1000) -> tuple[float, float]:
+def bootstrap(y: Tensor, probabilities: Tensor, metric: str, seed: int = 0, count: int = 1000) -> tuple[float, float]:
     """Ends of the 95 % percentile interval of `metric` over resampled test sets; addressed by `seed`."""
-    values = []
-    for resample in range(resamples):
-        pick = bits(seed, "evaluation/bootstrap", torch.tensor([resample]), len(y))[0] % len(y)
-        values.append(METRICS[metric](y[pick], predicted[pick]))
-    low, high = torch.tensor(values, dtype=torch.float64).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
+    probabilities = certain(y, probabilities)
+    parts = resamples(seed, "evaluation/bootstrap", count, len(y))
+    values = torch.cat([resampled(metric, y, probabilities, counts) for counts in parts])
+    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
     return low.item(), high.item()
 
 
@@ -96,15 +93,16 @@ def score(
     protocol: str,
     metric: str,
     y: Tensor,
-    predicted: Sequence[Tensor],
+    probabilities: Sequence[Tensor],
     seeds: Sequence[int],
     settings: dict[str, Any] | None = None,
 ) -> Score:
-    """The score of the predictions (int64 [N] for each seed) against `y` int64 [N]."""
-    values = tuple(METRICS[metric](y, p) for p in predicted)
+    """The score of the class probabilities (fp32 [N, C] for each seed, or classes int64 [N]) against `y` int64 [N]."""
+    probabilities = [certain(y, p) for p in probabilities]
+    values = tuple(METRICS[metric](y, p) for p in probabilities)
     mean, low, high = t_interval(values)
     if len(values) == 1:
-        low, high = bootstrap(y, predicted[0], metric, seeds[0])
+        low, high = bootstrap(y, probabilities[0], metric, seeds[0])
     return Score(encoder, protocol, metric, mean, low, high, tuple(seeds), values, len(y), settings or {})
 
 
@@ -124,11 +122,19 @@ def from_rows(rows: Sequence[dict[str, Any]]) -> list[Score]:
 
 
 def to_rows(scores: Sequence[Score]) -> tuple[str, tuple[str, ...], list[tuple[str, ...]]]:
-    """Title, header and rows of a table; what all scores come from is the title, else it is a column."""
+    """Title, header and rows of a table; what all scores come from is the title, else it is a column.
+
+    A column tells how the scores differ from those of the untrained encoder on the same images, where that was tested.
+    """
+    header: tuple[str, ...] = HEADER
+    rows = [s.cells() for s in scores]
+    if any(s.paired for s in scores):
+        header = (*header, "against random-init, paired")
+        rows = [(*row, s.paired) for row, s in zip(rows, scores, strict=True)]
     origins = {s.origin for s in scores}
     if len(origins) <= 1:
-        return "".join(origins), HEADER, [s.cells() for s in scores]
-    return "", (*HEADER, "weights, data"), [(*s.cells(), s.origin) for s in scores]
+        return "".join(origins), header, rows
+    return "", (*header, "weights, data"), [(*row, s.origin) for row, s in zip(rows, scores, strict=True)]
 
 
 def to_markdown(scores: Sequence[Score]) -> str:

@@ -1,50 +1,45 @@
-"""One protocol for several encoders, with the untrained encoder and the background-only control always beside them."""
+"""Protocols for several encoders, with the untrained encoder and the controls always beside them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor
 
-from foundation.errors import ConfigError
-from foundation.evaluation import fewshot, knn, probe
-from foundation.evaluation.controls import listing_background
-from foundation.evaluation.features import Listing, Progress, check_disjoint, extract, image_batches, images, listing
-from foundation.evaluation.scores import METRICS, Score, score
+from foundation.errors import ConfigError, DataError
+from foundation.evaluation import fewshot, paired
+from foundation.evaluation.features import Listing, check_disjoint, listing
+from foundation.evaluation.metrics import METRICS
+from foundation.evaluation.predictions import Predictions
+from foundation.evaluation.protocols import (
+    ALL,
+    BACKGROUND,
+    FULL,
+    PIXELS,
+    PROTOCOLS,
+    RANDOM,
+    Answer,
+    Options,
+    Report,
+    Subject,
+    Task,
+)
+from foundation.evaluation.scores import Score, score
 from foundation.models.vit import ViT
 from shards.catalog import Catalog
+from shards.store import redact
 from shards.stream import Reader
 
-PROTOCOLS = ("knn", "linear", "fewshot")
-RANDOM, BACKGROUND = "random-init", "background only"
-Predict = Callable[[Tensor, int], Tensor]
+__all__ = ["ALL", "BACKGROUND", "PIXELS", "PROTOCOLS", "RANDOM", "Measured", "Task", "evaluate", "evaluate_task"]
 
 
 @dataclass(frozen=True)
-class Task:
-    """What every encoder of a suite is asked: train and test samples and how they are shown."""
+class Measured:
+    """One encoder under one protocol: its answers, image by image, and the scores they make."""
 
-    train: Listing
-    test: Listing
-    image_size: int
-    crop: int | None = None
-    batch: int = 64
-    device: torch.device | str = "cpu"
-    progress: Progress | None = None
-
-    def features(self, encoder: ViT) -> tuple[Tensor, Tensor]:
-        """Class tokens of the train and the test samples."""
-        see = partial(extract, image_size=self.image_size, crop=self.crop, batch=self.batch, device=self.device,
-                      progress=self.progress)  # fmt: skip
-        return see(encoder, self.train).x, see(encoder, self.test).x
-
-    def background(self) -> tuple[Tensor, Tensor]:
-        """Texture numbers of the corners of the train and the test samples."""
-        return listing_background(self.train, self.crop), listing_background(self.test, self.crop)
+    predictions: Predictions
+    scores: tuple[Score, ...]
 
 
 def evaluate(
@@ -54,27 +49,45 @@ def evaluate(
     *,
     image_size: int,
     mode: str = "linear",
+    recipe: str = "published",
     shots: Sequence[int] = fewshot.SHOTS,
     seeds: Sequence[int] = fewshot.SEEDS,
+    epochs: int = FULL.epochs,
     crop: int | None = None,
     test_catalog: Catalog | None = None,
     batch: int = 64,
     device: torch.device | str = "cpu",
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> list[Score]:
-    """Scores of the encoders, then of the background-only control, on the train and test splits of the catalog.
+    """Scores of the encoders, then of the controls, on the train and test splits of the catalog.
 
-    `protocol` is knn, linear or fewshot, `mode` linear or finetune. `test_catalog` gives the test split if it is
-    another one. `mode`, `shots` and `seeds` are for «fewshot» alone.
-    Raises ConfigError without a `random-init` encoder or with an unknown protocol, DataError when a training sample is
-    among the test samples, the classes do not match or a class has too few samples.
+    `protocol` is one of PROTOCOLS, or «all» for those of ALL. `test_catalog` gives the test split if it is another one.
+    `mode` (linear or finetune), `recipe` (published or improved), `shots` and `seeds` are for «fewshot», `epochs` for
+    «finetune». Raises ConfigError without a `random-init` encoder or with an unknown word, DataError when a split is
+    empty, a training sample is among the test samples, the classes do not match, are fewer than two, or one has too few
+    samples.
     """
-    train_catalog = catalog.select(("train",))
-    test_source = (test_catalog or catalog).select(("test",))
-    train = listing(Reader(train_catalog), train_catalog.classes)
-    test = listing(Reader(test_source), test_source.classes, train.classes)
-    task = Task(train, test, image_size, crop, batch, device, progress)
-    return evaluate_task(encoder_by_name, task, protocol, mode=mode, shots=shots, seeds=seeds)
+    train, test = sides(catalog, test_catalog)
+    task = Task(train, test, image_size, crop, batch, device, report=progress)
+    options = {"mode": mode, "recipe": recipe, "shots": shots, "seeds": seeds, "epochs": epochs}
+    return evaluate_task(encoder_by_name, task, protocol, **options)  # type: ignore[arg-type]
+
+
+def sides(catalog: Catalog, test_catalog: Catalog | None = None) -> tuple[Listing, Listing]:
+    """The labelled samples of the catalog's own splits. Raises DataError when one of them is empty."""
+    parts = []
+    for split, source in (("train", catalog), ("test", test_catalog or catalog)):
+        if not any(s.split == split for s in source.sources):
+            raise DataError(
+                f"the catalog has no {split} split",
+                where=redact(source.root),
+                do=f"pack labelled images with --split {split}, name another catalog (--data for train, --test for "
+                "test), or list the images in a split file (--split)",
+            )
+        parts.append((source.select(split), f"{split} split of {redact(source.root)}"))
+    (learnt, here), (tested, there) = parts
+    train = listing(Reader(learnt), learnt.classes, where=here)
+    return train, listing(Reader(tested), tested.classes, train.classes, where=there)
 
 
 def evaluate_task(
@@ -83,74 +96,85 @@ def evaluate_task(
     protocol: str,
     *,
     mode: str = "linear",
+    recipe: str = "published",
     shots: Sequence[int] = fewshot.SHOTS,
     seeds: Sequence[int] = fewshot.SEEDS,
+    epochs: int = FULL.epochs,
 ) -> list[Score]:
     """`evaluate` on samples that are listed already."""
-    problems = [] if protocol in PROTOCOLS else [f"protocol «{protocol}» is none of {', '.join(PROTOCOLS)}"]
-    problems += [] if mode in ("linear", "finetune") else [f"mode «{mode}» is neither linear nor finetune"]
-    problems += [] if RANDOM in encoder_by_name else [f"no «{RANDOM}» encoder stands beside the others"]
+    options = Options(mode, recipe, shots, seeds, epochs)
+    return [one for found in measure(encoder_by_name, task, protocol, options) for one in found.scores]
+
+
+def measure(
+    encoder_by_name: Mapping[str, ViT], task: Task, protocol: str, options: Options | None = None
+) -> list[Measured]:
+    """Answers and scores, protocol by protocol; the features of an encoder are computed once for all of them.
+
+    The accuracy of every other encoder is tested against that of `random-init` on the same images and seeds.
+    """
+    options = options or Options()
+    _check(encoder_by_name, task, protocol, options)
+    protocols = ALL if protocol == "all" else (protocol,)
+    found: list[tuple[str, Answer, bool]] = []
+    for name, encoder in [*encoder_by_name.items(), (BACKGROUND, None), (PIXELS, None)]:
+        subject = Subject(name, encoder, task, keep_tokens="attentive" in protocols)
+        for one in protocols:
+            if task.report is not None:
+                task.report(f"{name}: {one}", 0, 1)
+            found += [(name, answer, encoder is not None) for answer in subject.answers(one, options)]
+    titles = list(dict.fromkeys(answer.protocol for _, answer, _ in found))
+    found.sort(key=lambda part: titles.index(part[1].protocol))
+    random = {answer.protocol: answer for name, answer, _ in found if name == RANDOM}
+    return [
+        _measured(name, answer, task, random[answer.protocol] if learnt and name != RANDOM else None)
+        for name, answer, learnt in found
+    ]
+
+
+def _measured(name: str, answer: Answer, task: Task, random: Answer | None) -> Measured:
+    predictions = _predictions(name, answer, task)
+    made = [
+        score(name, answer.protocol, metric, task.test.y, [*answer.probabilities], answer.seeds, answer.settings)
+        for metric in METRICS
+    ]
+    if random is not None:
+        test = asdict(paired.compare(_predictions(RANDOM, random, task), predictions))
+        facts = {key: test[key] for key in ("difference", "low", "high", "p", "test")}
+        made[0] = replace(made[0], settings={**made[0].settings, "paired": {"against": RANDOM, **facts}})
+    return Measured(predictions, tuple(made))
+
+
+def _predictions(name: str, answer: Answer, task: Task) -> Predictions:
+    test = task.test
+    return Predictions(name, answer.protocol, "", test.classes, test.hashes, answer.seeds, test.y, answer.probabilities)
+
+
+def _check(encoders: Mapping[str, ViT], task: Task, protocol: str, options: Options) -> None:
+    """Refuse wrong words, fewer than two classes and shared images before anything is computed."""
+    known = (*PROTOCOLS, "all")
+    problems = [] if protocol in known else [f"protocol «{protocol}» is none of {', '.join(known)}"]
+    if options.mode not in fewshot.MODES:
+        problems.append(f"mode «{options.mode}» is neither linear nor finetune")
+    if options.recipe not in fewshot.RECIPES:
+        problems.append(f"recipe «{options.recipe}» is neither published nor improved")
+    problems += [] if RANDOM in encoders else [f"no «{RANDOM}» encoder stands beside the others"]
     if problems:
         raise ConfigError(
             "; ".join(problems), where="evaluate", do=f"pass {{'pretrained': ..., '{RANDOM}': random_encoder(...)}}"
         )
+    if len(present := torch.unique(task.train.y)) < 2:
+        raise DataError(
+            f"the {len(task.train)} training samples have one class only: {task.train.classes[int(present[0])]}",
+            where="evaluate",
+            do="a score needs at least two classes: pack labelled images of another class into the train split",
+        )
+    found = task.train.reader[task.train.ids[0]].pixels.shape[0]
+    for name, encoder in encoders.items():
+        if (takes := getattr(encoder, "channels", found)) != found:
+            raise DataError(
+                f"the images have {found} channels, the encoder «{name}» takes {takes}",
+                where="evaluate",
+                do="evaluate on images packed with the channels of the pretraining data",
+            )
     check_disjoint(task.train, task.test)
-    found: list[Score] = []
-    for name, encoder in [*encoder_by_name.items(), (BACKGROUND, None)]:
-        if protocol == "fewshot":
-            found += _fewshot(name, encoder, task, mode, shots, seeds)
-        else:
-            found += _full(name, encoder, task, protocol)
-    return found
-
-
-def _full(name: str, encoder: ViT | None, task: Task, protocol: str) -> list[Score]:
-    """Scores of a protocol that sees all training samples."""
-    train, test = task.background() if encoder is None else task.features(encoder)
-    settings: dict[str, Any] = {"n_train": len(task.train), "image_size": task.image_size, "crop": task.crop}
-    if protocol == "knn":
-        if encoder is None:  # ten numbers in ten units: cosines need them standardised
-            mean, deviation = train.mean(0), train.std(0).clamp_min(1e-6)
-            train, test = (train - mean) / deviation, (test - mean) / deviation
-        predicted = knn.predict(train, task.train.y, test)
-        settings |= {"k": min(20, len(train)), "temperature": 0.07}
-    else:
-        predicted, chosen = probe.predict(train, task.train.y, test)
-        settings |= chosen
-    return [score(name, protocol, metric, task.test.y, [predicted], (0,), settings) for metric in METRICS]
-
-
-def _fewshot(
-    name: str, encoder: ViT | None, task: Task, mode: str, shots: Sequence[int], seeds: Sequence[int]
-) -> list[Score]:
-    """One accuracy for each number of shots; the background control has nothing to tune: its settings say «linear»."""
-    train, classes = task.train, len(task.train.classes)
-    if encoder is None or mode == "linear":
-        x, z = task.background() if encoder is None else task.features(encoder)
-        used, predict = "linear", _linear(x, train.y, z, classes)
-    else:
-        used, predict = "finetune", _finetune(encoder, task, classes)
-    found = []
-    for count in shots:
-        draws = {seed: fewshot.draw(train.y, train.hashes, train.classes, count, seed) for seed in seeds}
-        predicted = [predict(index, seed) for seed, index in draws.items()]
-        settings = {"mode": used, "shots": count, "image_size": task.image_size, "crop": task.crop}
-        settings |= asdict(fewshot.Recipe())
-        settings["draws"] = {str(seed): [train.keys[i] for i in index.tolist()] for seed, index in draws.items()}
-        title = f"{count}-shot {mode}"
-        found.append(score(name, title, "accuracy", task.test.y, predicted, tuple(draws), settings))
-    return found
-
-
-def _linear(x: Tensor, y: Tensor, z: Tensor, classes: int) -> Predict:
-    return lambda index, seed: fewshot.linear(x[index], y[index], z, classes, seed)
-
-
-def _finetune(encoder: ViT, task: Task, classes: int) -> Predict:
-    def predict(index: Tensor, seed: int) -> Tensor:
-        shots = images(task.train.take(index), task.image_size, task.crop)
-        test = image_batches(task.test, task.image_size, task.crop, task.batch, task.device)
-        y = task.train.y[index]
-        return fewshot.finetune(encoder, shots, y, test, classes, seed, device=task.device)
-
-    return predict

@@ -50,7 +50,7 @@ def test_measured_chips_are_packed_learnt_and_scored(command: Command, tiny_yaml
     code, text, err = command("evaluate", run, "--data", out, "--protocol", "knn", "--crop", "96")
     assert code == 0, err
     scores = {(row["encoder"], row["metric"]): row for row in json.loads((run / "scores.json").read_text())}
-    encoders = ("pretrained", "random-init", "background only")
+    encoders = ("pretrained", "random-init", "background only", "pixels (PCA)")
     assert {encoder for encoder, _ in scores} == set(encoders)
     assert all(encoder in text for encoder in encoders)
     assert all(row["n_test"] == 50 for row in scores.values())

@@ -223,7 +223,7 @@ def test_a_trained_run_is_scored_beside_its_controls(
     scores = json.loads((run / "scores.json").read_text())
     rows = scores["scores"] if isinstance(scores, dict) else scores
     protocols = {(row["protocol"], row["encoder"]) for row in rows}
-    encoders = ("pretrained", "random-init", "background only")
+    encoders = ("pretrained", "random-init", "background only", "pixels (PCA)")
     assert protocols == {(p, e) for p in ("knn", "linear", "1-shot linear", "2-shot linear") for e in encoders}
     assert all(0 <= row["low"] <= row["mean"] <= row["high"] <= 1 for row in rows)
     for word in (*encoders, "knn", "linear", "1-shot linear"):

@@ -15,12 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from foundation.errors import ConfigError, DataError, NumericsError
-from foundation.evaluation import controls, fewshot, knn, probe, scores
+from foundation.evaluation import attentive, controls, fewshot, knn, metrics, probe, scores
 from foundation.evaluation.attention import attention_distance, attention_distances, token_distances
 from foundation.evaluation.features import Listing, check_disjoint, extract, images, listing
-from foundation.evaluation.suite import BACKGROUND, RANDOM, Task, evaluate, evaluate_task
+from foundation.evaluation.suite import BACKGROUND, PIXELS, RANDOM, Task, evaluate, evaluate_task
+from foundation.evaluation.tuning import Recipe
 
 NAMES = ("a", "b", "c")
 SLOW = settings(max_examples=25, deadline=None)
@@ -42,7 +44,7 @@ class Chips(list):
 class Toy(nn.Module):
     """An encoder that passes pixels on: tokens are the rows of the image, the class token is their flattened sum."""
 
-    dim, patch = 16, 1
+    dim, patch, prefix = 16, 1, 1
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,6 +55,9 @@ class Toy(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         rows = x[:, 0].transpose(1, 2).mean(1)
         return torch.stack([self.mix(rows), 2 * rows, 4 * rows], 1)
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 0]
 
 
 def task(**changes: object) -> Task:
@@ -148,7 +153,7 @@ def test_a_draw_from_a_class_that_is_too_small_names_it_with_its_count() -> None
 
 
 def test_the_schedule_warms_up_for_two_epochs_and_then_follows_a_cosine() -> None:
-    recipe = fewshot.Recipe()
+    recipe = Recipe()
     assert [recipe.rate(e) for e in (0, 1, 2)] == [1e-5, 1e-5, 1e-3]
     assert math.isclose(recipe.rate(22), 5e-4)
     assert recipe.rate(39) == min(recipe.rate(e) for e in range(2, 40))
@@ -158,7 +163,8 @@ def test_the_linear_layer_learns_separable_shots_and_repeats_itself_exactly() ->
     (x, y), (z, truth) = clusters(40), clusters(50, seed=1)
     state = torch.get_rng_state()
     first = fewshot.linear(x, y, z, 4, seed=0)
-    assert scores.accuracy(truth, first) > 0.95
+    torch.testing.assert_close(first.sum(1), torch.ones(200))
+    assert metrics.accuracy(truth, first) > 0.95
     assert torch.equal(first, fewshot.linear(x, y, z, 4, seed=0))
     assert torch.equal(state, torch.get_rng_state())
 
@@ -166,14 +172,16 @@ def test_the_linear_layer_learns_separable_shots_and_repeats_itself_exactly() ->
 def test_permuted_labels_give_chance_in_every_protocol() -> None:
     (x, y), (z, truth) = clusters(60, spread=1.0), clusters(100, seed=1, spread=1.0)
     y = y[torch.randperm(len(y), generator=torch.Generator().manual_seed(3))]
-    for predicted in (knn.predict(x, y, z), probe.predict(x, y, z)[0], fewshot.linear(x, y, z, 4, 0)):
-        assert abs(scores.accuracy(truth, predicted) - 0.25) < 0.15
+    answers = (knn.probabilities(x, y, z, 4), probe.probabilities(x, y, z, 4)[0], fewshot.linear(x, y, z, 4, 0))
+    for found in (*answers, attentive.predict(x[:, None], y, z[:, None], 4)[0]):
+        assert abs(metrics.accuracy(truth, found) - 0.25) < 0.15
+        torch.testing.assert_close(found.sum(1), torch.ones(400))
 
 
 def test_separable_features_give_full_marks_to_neighbours_and_probe() -> None:
     (x, y), (z, truth) = clusters(30), clusters(20, seed=1)
-    predicted, chosen = probe.predict(x, y, z)
-    assert scores.accuracy(truth, predicted) == scores.accuracy(truth, knn.predict(x, y, z)) == 1
+    predicted, chosen = probe.probabilities(x, y, z, 4)
+    assert metrics.accuracy(truth, predicted) == metrics.accuracy(truth, knn.probabilities(x, y, z, 4)) == 1
     assert chosen["C"] in probe.STRENGTHS
     assert chosen["converged"]
 
@@ -182,12 +190,12 @@ def test_fine_tuning_learns_without_touching_the_encoder_it_was_given() -> None:
     t, encoder = task(), Toy()
     before = copy.deepcopy(encoder.state_dict())
     index = fewshot.draw(t.train.y, t.train.hashes, t.train.classes, 10, 0)
-    recipe = fewshot.Recipe(lr=0.05, epochs=60)
+    recipe = Recipe(lr=0.05, epochs=60)
     tune = lambda: fewshot.finetune(  # noqa: E731
         encoder, images(t.train.take(index), 16), t.train.y[index], [images(t.test, 16)], 3, 0, recipe=recipe
     )
     first = tune()
-    assert scores.accuracy(t.test.y, first) > 0.9
+    assert metrics.accuracy(t.test.y, first) > 0.9
     assert torch.equal(first, tune())
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
@@ -204,16 +212,20 @@ def test_a_loss_that_is_not_finite_stops_the_few_shot_run() -> None:
 
 def test_neighbours_are_counted_by_weight_and_never_more_than_there_are() -> None:
     bank = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.1, 1.0]])
-    assert knn.predict(bank, torch.tensor([0, 1, 1]), torch.tensor([[5.0, 0.1], [0.0, 2.0]])).tolist() == [0, 1]
+    found = knn.probabilities(bank, torch.tensor([0, 1, 1]), torch.tensor([[5.0, 0.1], [0.0, 2.0]]), 3)
+    assert found.argmax(1).tolist() == [0, 1]
+    assert found.shape == (2, 3)
+    assert not found[:, 2].any()
 
 
 def test_the_probe_holds_out_a_fifth_of_each_class_and_needs_two_classes() -> None:
     y = torch.tensor([0] * 50 + [1] * 10 + [2])
     assert torch.bincount(y[probe.held_out(y)], minlength=3).tolist() == [10, 2, 0]
-    one_each, chosen = probe.predict(torch.eye(2), torch.tensor([0, 1]), torch.eye(2))
-    assert (one_each.tolist(), chosen["C"], chosen["held_out_accuracy"]) == ([0, 1], 1.0, None)
+    one_each, chosen = probe.probabilities(torch.eye(2), torch.tensor([0, 2]), torch.eye(2), 3)
+    assert (one_each.argmax(1).tolist(), chosen["C"], chosen["held_out_accuracy"]) == ([0, 2], 1.0, None)
+    assert not one_each[:, 1].any()
     with pytest.raises(DataError, match="at least two classes"):
-        probe.predict(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64), torch.randn(4, 2))
+        probe.probabilities(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64), torch.randn(4, 2), 1)
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -229,7 +241,7 @@ def test_the_t_interval_has_known_values() -> None:
 
 def test_one_result_gets_a_bootstrap_interval_that_is_always_the_same() -> None:
     y = torch.zeros(400, dtype=torch.int64)
-    predicted = (torch.arange(400) % 4 == 0).long()
+    predicted = one_hot((torch.arange(400) % 4 == 0).long())
     one = scores.score("e", "knn", "accuracy", y, [predicted], (0,))
     deviation = math.sqrt(0.75 * 0.25 / 400)
     assert one.mean == 0.75
@@ -238,9 +250,9 @@ def test_one_result_gets_a_bootstrap_interval_that_is_always_the_same() -> None:
 
 
 def test_balanced_accuracy_weighs_classes_alike() -> None:
-    y, predicted = torch.tensor([0] * 9 + [2]), torch.tensor([0] * 10)
-    assert scores.accuracy(y, predicted) == 0.9
-    assert scores.balanced_accuracy(y, predicted) == 0.5
+    y, predicted = torch.tensor([0] * 9 + [2]), one_hot(torch.tensor([0] * 10), 3)
+    assert metrics.accuracy(y, predicted) == 0.9
+    assert metrics.balanced_accuracy(y, predicted) == 0.5
 
 
 def test_scores_survive_json_and_are_rendered_as_tables() -> None:
@@ -277,31 +289,39 @@ def test_the_background_is_taken_after_the_crop_the_encoder_gets() -> None:
     torch.testing.assert_close(controls.listing_background(samples, 12), cropped)
 
 
-@pytest.mark.parametrize("protocol", ["knn", "linear", "fewshot"])
+@pytest.mark.parametrize("protocol", ["knn", "linear", "attentive", "fewshot", "finetune"])
 def test_every_score_stands_beside_the_untrained_encoder_and_the_background(protocol: str) -> None:
-    found = evaluate_task({"pretrained": Toy(), RANDOM: Toy()}, task(), protocol, shots=(5, 10), seeds=(0, 1, 2))
-    assert {s.encoder for s in found} == {"pretrained", RANDOM, BACKGROUND}
-    pairs = {e: [(s.protocol, s.metric) for s in found if s.encoder == e] for e in ("pretrained", RANDOM, BACKGROUND)}
-    assert pairs["pretrained"] == pairs[RANDOM] == pairs[BACKGROUND]
-    assert all(s.n_test == 24 and 0 <= s.low <= s.mean <= s.high <= 1 for s in found)
-    assert next(s for s in found if s.encoder == "pretrained").mean > 0.9
+    toys, options = {"pretrained": Toy(), RANDOM: Toy()}, {"shots": (5, 10), "seeds": (0, 1, 2), "epochs": 2}
+    found = evaluate_task(toys, task(), protocol, **options)
+    names = ("pretrained", RANDOM, BACKGROUND, PIXELS)
+    assert {s.encoder for s in found} == set(names)
+    pairs = {e: [(s.protocol, s.metric) for s in found if s.encoder == e] for e in names}
+    assert pairs["pretrained"] == pairs[RANDOM] == pairs[BACKGROUND] == pairs[PIXELS]
+    assert {metric for _, metric in pairs[RANDOM]} == set(metrics.METRICS)
+    assert all(s.n_test == 24 and 0 <= s.low <= s.mean <= s.high <= 1 for s in found if s.metric == "accuracy")
+    first = next(s for s in found if s.encoder == "pretrained")
+    assert first.mean > (0.9 if protocol in ("knn", "linear", "fewshot") else 0.3)
+    twin = first.settings["paired"]
+    assert (twin["against"], twin["difference"], twin["p"]) == (RANDOM, 0, 1)  # the same network twice
+    assert "against random-init, paired" in scores.to_markdown(found)
     if protocol == "fewshot":
-        drawn = found[0].settings["draws"]
-        assert {len(keys) for keys in drawn.values()} == {15}
-        assert not {k for keys in drawn.values() for k in keys} & set(task().test.keys)
+        assert len(set(first.settings["draws"].values())) == 3
+    if protocol in ("attentive", "finetune"):
+        assert next(s for s in found if s.encoder == PIXELS).settings["control"] == "linear probe"
 
 
 def test_fine_tuning_says_that_its_background_control_is_linear() -> None:
     found = evaluate_task({RANDOM: Toy()}, task(), "fewshot", mode="finetune", shots=(2,), seeds=(0, 1))
-    assert [(s.protocol, s.settings["mode"]) for s in found] == [
+    assert [(s.protocol, s.settings["mode"]) for s in found if s.metric == "accuracy"] == [
         ("2-shot finetune", "finetune"),
+        ("2-shot finetune", "linear"),
         ("2-shot finetune", "linear"),
     ]
 
 
 def test_a_suite_without_control_or_with_wrong_words_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"«zeroshot» is none of knn, linear, fewshot; mode «x».*no «random-init»"):
-        evaluate_task({"pretrained": Toy()}, task(), "zeroshot", mode="x")
+    with pytest.raises(ConfigError, match=r"«zeroshot» is none of knn.*; mode «x».*; recipe «y».*no «random-init»"):
+        evaluate_task({"pretrained": Toy()}, task(), "zeroshot", mode="x", recipe="y")
 
 
 def test_a_suite_refuses_a_training_chip_in_the_test_set() -> None:
@@ -318,7 +338,7 @@ def test_a_packed_catalog_is_evaluated_from_end_to_end(tmp_path: Path) -> None:
     catalog = write(tmp_path, size=48, per_class_train=6, per_class_test=4, pretrain=0)
     torch.manual_seed(0)
     found = evaluate({RANDOM: ViT(32, 2, 2)}, catalog, "fewshot", image_size=48, shots=(5,), seeds=(0, 1), crop=40)
-    assert [s.encoder for s in found] == [RANDOM, BACKGROUND]
+    assert [s.encoder for s in found if s.metric == "accuracy"] == [RANDOM, BACKGROUND, PIXELS]
     assert found[0].n_test == 4 * len(catalog.classes)
 
 
@@ -365,5 +385,5 @@ def test_a_score_of_an_encoder_that_saw_test_images_says_so_wherever_it_is_shown
     y = torch.tensor([0, 1])
     seen = {"weights": "16 samples", "pretrained_on_test_images": 2}
     for facts, shown in ((seen, True), ({**seen, "pretrained_on_test_images": 0}, False)):
-        one = scores.score("pretrained", "knn", "accuracy", y, [y], (0,), facts)
+        one = scores.score("pretrained", "knn", "accuracy", y, [one_hot(y)], (0,), facts)
         assert ("PRETRAINED ON 2 OF THE TEST IMAGES" in scores.to_markdown([one])) is shown

@@ -245,5 +245,5 @@ def test_test_chips_in_pretraining_are_refused_and_with_the_override_every_score
     assert sentence in text
     rows = json.loads((folder / "robustness.json").read_text())
     assert rows["settings"]["leakage"]["verdict"] == "leaked"
-    assert {row["encoder"] for row in rows["rows"]} == {"pretrained", "random-init", "pixels-PCA"}
+    assert {row["encoder"] for row in rows["rows"]} == {"pretrained", "random-init", "pixels (PCA)"}
     assert (folder / "figures" / "robustness.png").is_file()

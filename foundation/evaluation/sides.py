@@ -1,0 +1,92 @@
+"""Which images are learnt from and tested: those of a split file, or a catalog's own splits; either way, on record."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from foundation.config import DataConfig
+from foundation.evaluation import splits
+from foundation.evaluation.draws import Draws
+from foundation.evaluation.features import Listing
+from foundation.evaluation.suite import sides as own_sides
+from foundation.files import write_whole
+from foundation.training.data import cache, ruled
+from shards.catalog import Catalog
+from shards.catalog import load as load_catalog
+
+FOLDER = "splits"
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The listings, the split they are, and the catalog of the tested images."""
+
+    train: Listing
+    test: Listing
+    split: splits.Split
+    tested: Catalog
+    train_data: str
+    """names the training images: the catalog's fingerprint, or the sha256 of a split file"""
+    draws: Path | None = None
+    """folder of draws that came with a split file"""
+
+    def keep(self, run: Path) -> tuple[Path, Draws]:
+        """Write the split into `RUN/splits`; the file, and where few-shot draws of it are kept."""
+        name = self.split.sha256[:12]
+        path = splits.write(self.split, run / FOLDER / f"{name}.json")
+        folder = run / FOLDER / f"{name}.draws"
+        if self.draws is not None:  # what came with the split stands above what was drawn here before
+            for file in sorted(self.draws.glob("*.json")):
+                write_whole(folder / file.name, file.read_bytes())
+        return path, Draws(self.split.sha256, folder)
+
+
+def only(catalog: Catalog, keys: Collection[str]) -> Catalog:
+    """The samples of a catalog with these keys."""
+    wanted, sources = pa.array(sorted(set(keys))), []
+    for source in catalog.sources:
+        rows = []
+        for table in catalog.tables(["key"], source):
+            (at,) = pc.is_in(table["key"], value_set=wanted).to_numpy().nonzero()
+            rows.append(at.astype(np.int32))
+        if source.rows is not None:
+            rows = [old[new] for old, new in zip(source.rows, rows, strict=True)]
+        if sum(map(len, rows)):
+            sources.append(replace(source, rows=tuple(rows)))
+    return replace(catalog, sources=tuple(sources))
+
+
+def choose(
+    data: str,
+    test: str | None,
+    rules: DataConfig,
+    split: Path | None = None,
+    column: str | None = None,
+    allow_shared_groups: bool = False,
+) -> Chosen:
+    """The images of the split file, sought in both catalogs, or the own splits of the catalogs `data` and `test`.
+
+    `rules` are the amplitude rules of the encoder. Raises DataError as `splits.read`, `splits.check` and
+    `splits.listings` do. The own splits of a catalog may share groups: the scores say so.
+    """
+    known = cache(rules)
+    if split is not None:
+        wanted = splits.read(split)
+        splits.check(wanted, str(split), allow_shared_groups)
+        pool = ruled(load_catalog(*dict.fromkeys((data, test or data)), cache=known), rules, known=True)
+        train, tested = splits.listings(wanted, pool, str(split))
+        draws = split.with_suffix(".draws")
+        there = only(pool, tested.keys)
+        return Chosen(train, tested, wanted, there, wanted.sha256, draws if draws.is_dir() else None)
+    catalog, other = (ruled(load_catalog(root, cache=known), rules, known=True) for root in (data, test or data))
+    train, tested = own_sides(catalog, None if test is None else other)
+    column = column or "scene"
+    known_groups = splits.groups(catalog, column) | splits.groups(other, column)
+    found = splits.of_listings(train, tested, known_groups, column)
+    return Chosen(train, tested, found, other.select("test"), catalog.select("train").fingerprint)

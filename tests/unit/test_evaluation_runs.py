@@ -1,0 +1,167 @@
+"""Scores of a run: one pass over the images for all protocols, answers and splits beside them, bad input explained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_evaluation import NAMES, Chips, Toy, task
+
+from foundation.errors import CheckpointError, DataError
+from foundation.evaluation import predictions, protocols, splits, suite
+from foundation.evaluation.features import listing
+from foundation.evaluation.paired import compare_runs
+from foundation.evaluation.protocols import ALL, Options
+from foundation.evaluation.runs import evaluate_run, read_scores
+from foundation.evaluation.suite import BACKGROUND, PIXELS, PROTOCOLS, RANDOM, Task, evaluate_task, measure
+from foundation.interchange import load_encoder
+from foundation.models.vit import ViT
+from foundation.training import checkpoint
+
+Command = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def scored(finished: Path, catalog: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was scored under `knn` on the own splits of its catalog."""
+    run = tmp_path_factory.mktemp("scored") / "run"
+    shutil.copytree(finished, run)
+    evaluate_run(run, str(catalog), "knn")
+    return run
+
+
+def test_all_protocols_share_one_extraction_for_each_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, extract = [], protocols.extract
+    monkeypatch.setattr(protocols, "extract", lambda *a, **k: seen.append(k["keep_tokens"]) or extract(*a, **k))
+    told: list[tuple[str, int, int]] = []
+    t = task(report=lambda *facts: told.append(facts))
+    found = measure({"pretrained": Toy(), RANDOM: Toy()}, t, "all", Options(shots=(2,), seeds=(0, 1)))
+    assert seen == [True] * 4  # train and test of two encoders
+    titles = ("knn", "linear", "attentive", "2-shot linear")
+    names = ("pretrained", RANDOM, BACKGROUND, PIXELS)
+    assert [(f.predictions.protocol, f.predictions.encoder) for f in found] == [(p, n) for p in titles for n in names]
+    for each in found:
+        p = each.predictions
+        assert p.probabilities.shape == (len(p.seeds), 24, 3)
+        assert p.hashes == t.test.hashes
+        torch.testing.assert_close(p.probabilities.sum(-1), torch.ones(len(p.seeds), 24))
+        right = (p.predicted == p.y).double().mean().item()
+        assert each.scores[0].mean == pytest.approx(right)
+    stages = list(dict.fromkeys(what for what, _, _ in told))
+    assert stages[:3] == ["pretrained: knn", "pretrained: features of the training images",
+                          "pretrained: features of the test images"]  # fmt: skip
+    assert {f"{n}: {p}" for n in names for p in ALL} <= set(stages)
+
+
+@pytest.mark.parametrize("protocol", [*PROTOCOLS, "all"])
+def test_one_class_is_no_task_under_any_protocol(protocol: str) -> None:
+    train = listing(Chips(6, names=("a",)), NAMES)
+    alone = Task(train, listing(Chips(3, 500, names=("a",)), NAMES, train.classes), 16)
+    with pytest.raises(DataError, match="the 6 training samples have one class only: a"):
+        evaluate_task({RANDOM: Toy()}, alone, protocol)
+
+
+def test_images_of_other_channels_are_refused_before_any_is_encoded() -> None:
+    with pytest.raises(DataError, match="images have 1 channels, the encoder «random-init» takes 2"):
+        evaluate_task({RANDOM: ViT(32, 1, 2, 8, channels=2)}, task(), "knn")
+
+
+def test_a_run_keeps_its_split_and_the_answers_behind_every_score(scored: Path, catalog: Path) -> None:
+    scores = read_scores(scored)
+    (file,) = (scored / "splits").glob("*.json")
+    split = splits.read(file)
+    assert {s.settings["split"] for s in scores} == {split.sha256}
+    assert {s.settings["split_file"] for s in scores} == {f"splits/{file.name}"}
+    kept = predictions.read(scored)
+    assert {p.encoder for p in kept} == {s.encoder for s in scores}
+    assert {h for p in kept for h in p.hashes} == {row.hash for row in split.side("test")}
+    assert all("samples" in p.measurement for p in kept)
+    evaluate_run(scored, str(catalog), "knn")
+    assert len(predictions.read(scored)) == len(kept)
+    assert len(read_scores(scored)) == len(scores)
+
+
+def test_a_split_file_gives_the_scores_of_the_splits_it_was_made_from(
+    command: Command, scored: Path, catalog: Path, tmp_path: Path
+) -> None:
+    code, out, err = command("splits", catalog, "--out", tmp_path / "mine.json")
+    assert code == 0, err
+    assert splits.read(tmp_path / "mine.json").sha256 in out
+    before = {(s.encoder, s.metric): s for s in read_scores(scored)}
+    code, out, err = command("evaluate", scored, "--data", catalog, "--protocol", "knn", "--split",
+                             tmp_path / "mine.json", "--crop", 0)  # fmt: skip
+    assert code == 0, err
+    assert "pretrained: features of the test images" in err
+    new = [s for s in read_scores(scored) if s.settings["data"].startswith("mine.json")]
+    assert len(new) == len(before)
+    for s in new:
+        twin = before[s.encoder, s.metric]
+        assert (s.mean, s.low, s.high) == (twin.mean, twin.low, twin.high)
+
+
+def test_shared_groups_are_marked_in_every_score(scored: Path, catalog: Path, tmp_path: Path) -> None:
+    (file,) = (scored / "splits").glob("*.json")
+    split = splits.read(file)
+    shared = splits.Split(tuple(row._replace(group="one scene") for row in split.rows))
+    path = splits.write(shared, tmp_path / "shared.json")
+    run = tmp_path / "run"
+    shutil.copytree(scored, run)
+    with pytest.raises(DataError, match=r"1 groups .* lie in train and in test: one scene"):
+        evaluate_run(run, str(catalog), "knn", split=path)
+    scores = evaluate_run(run, str(catalog), "knn", split=path, allow_shared_groups=True)
+    marked = [s for s in scores if s.settings["data"].startswith("shared.json")]
+    assert marked
+    assert all((s.settings["shared_groups"], s.settings["allow_shared_groups"]) == (1, True) for s in marked)
+    assert "TRAIN AND TEST SHARE 1 GROUPS" in (run / "scores.md").read_text()
+
+
+def test_two_runs_are_compared_on_the_command_line(command: Command, scored: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(scored, other)
+    code, out, err = command("paired", scored, other, "--protocol", "knn")
+    assert code == 0, err
+    assert "McNemar, exact" in out
+    assert "p = 1.000" in out
+    assert {(p.difference, p.p) for p in compare_runs(scored, other)} == {(0, 1)}
+    code, _, err = command("paired", scored, other, "--protocol", "finetune")
+    assert code == 2
+    assert "do not both have answers of «pretrained» to finetune" in err
+
+
+@pytest.mark.parametrize("name", ["vit_base.pth", "model.safetensors", "folder/pytorch_model.bin"])
+def test_weights_of_somebody_else_are_named_with_what_to_do(catalog: Path, tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    torch.save({"model": {"blocks.0.attn.qkv.weight": torch.zeros(3, 1)}}, file)
+    for path in {file, file.parent}:
+        with pytest.raises(CheckpointError, match=f"{file.name} is no run or checkpoint of this trainer") as caught:
+            evaluate_run(path, str(catalog), "knn")
+        assert "foundation import FILE RUN" in str(caught.value)
+
+
+def test_a_vit_of_another_size_or_patch_is_refused_by_its_tensors(finished: Path, tmp_path: Path) -> None:
+    state = checkpoint.load(finished)
+    change: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "encoder.patch_embed.proj.weight": lambda t: torch.zeros(*t.shape[:2], 3, 3),
+        "encoder.cls_token": lambda t: torch.zeros(1, 1, 5),
+    }
+    for name, damage in change.items():
+        tensors = {f"model.{k.removeprefix('model.')}": v for k, v in state["tensors"].items()}
+        tensors[f"model.{name}"] = damage(tensors[f"model.{name}"])
+        out = tmp_path / name / "checkpoints"
+        checkpoint.save(out, tensors, {"position": 0, "config": state["config"]}, position=0)
+        with pytest.raises(CheckpointError, match="of another model; 1 of another shape") as caught:
+            load_encoder(tmp_path / name)
+        assert name.removeprefix("encoder.") in str(caught.value)
+
+
+def test_scores_say_how_they_differ_from_the_untrained_encoder(scored: Path) -> None:
+    text = (scored / "scores.md").read_text()
+    assert "against random-init, paired" in text
+    (twin,) = {json.dumps(s.settings["paired"]) for s in read_scores(scored) if "paired" in s.settings}
+    assert json.loads(twin)["against"] == suite.RANDOM
