@@ -15,6 +15,7 @@ from foundation.evaluation import report
 from foundation.evaluation.attention import attention_distances
 from foundation.evaluation.scores import Score, from_rows
 from foundation.files import read_json
+from foundation.models.vit import ViT
 from foundation.objectives.reconstruction import MaskedReconstruction
 from foundation.objectives.registry import build
 from foundation.objectives.targets import unpatchify
@@ -79,10 +80,20 @@ def model_panels(
     model.load_state_dict(weights)
     model.eval()
     images = pick_images(catalog, config.data.image_size, 16)
-    distances = attention_distances(model.encoder, images)
+    judged = model.get_submodule(objective.evaluated)
+    assert isinstance(judged, ViT)
+    distances = {
+        "Attention distance": report.attention_figure(
+            attention_distances(judged, images), folder / "attention-distance.png"
+        )
+    }
+    shown = f"images of {', '.join(source.name for source in catalog.sources)}"
+    if not isinstance(objective, MaskedReconstruction):  # what is predicted are features, not maps
+        shown_images, context, blocks = objective.prepare(images[:count], torch.arange(count)).model_args
+        drawn = report.block_panels(shown_images, context, blocks, config.model.patch, folder / "blocks.png")
+        return {f"Context and target blocks ({shown})": drawn, **distances}
     masks, targets, predictions = reconstruct(objective, model, images[:count])
     names, targets, predictions = objective.names[:SHOWN], targets[:, :SHOWN], predictions[:, :SHOWN]
-    shown = f"images of {', '.join(source.name for source in catalog.sources)}"
     if len(objective.names) > SHOWN:
         shown += f", {SHOWN} of {len(objective.names)} maps"
     what = "Reconstruction of masked patches" if bool((masks == 1).any()) else "Prediction of all patches"
@@ -91,7 +102,7 @@ def model_panels(
         what: report.reconstruction_panels(
             images[:count], masks, targets, predictions, folder / "reconstructions.png", names
         ),
-        "Attention distance": report.attention_figure(distances, folder / "attention-distance.png"),
+        **distances,
     }
 
 

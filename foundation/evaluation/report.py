@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from foundation.evaluation.attention import attention_figure
-from foundation.evaluation.figures import curve_figure, reconstruction_panels, score_figure, target_panels
+from foundation.evaluation.figures import block_panels, curve_figure, reconstruction_panels, score_figure, target_panels
 from foundation.evaluation.scores import Score, to_rows
 from foundation.files import write_whole
 from shards.errors import DataError
 
 __all__ = [
     "attention_figure",
+    "block_panels",
     "curve_figure",
     "reconstruction_panels",
     "score_figure",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -33,19 +34,20 @@ def initialise(model: nn.Module, seed: int, part: Callable[[nn.Parameter], Piece
     """Xavier-uniform weights, zero biases and tables, unit norms, tokens of std 0.02: the published initialisation.
 
     Fusions start at zero too: equal weights. Each process draws the `part` that it holds of a parameter and no more, so
-    any sharding starts from the same weights. Raises TypeError for a parameter that no rule knows.
+    any sharding starts from the same weights. A teacher is drawn as the encoder, which it equals. Raises TypeError for
+    a parameter that no rule knows.
     """
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        _fill(part(parameter), model.get_submodule(owner), leaf, seed, name)
+        _fill(part(parameter), model.get_submodule(owner), leaf, seed, re.sub(r"^teacher\.", "encoder.", name))
 
 
 @torch.no_grad()
 def _fill(part: Piece, owner: nn.Module, leaf: str, seed: int, name: str) -> None:
-    """Write a piece of the parameter `name`, which its owner calls `leaf`."""
+    """Write a piece of the parameter that is drawn as `name`, which its owner calls `leaf`."""
     piece, first, shape = part.values.view(-1), part.first, part.shape
     if isinstance(owner, nn.Linear | nn.Conv2d) and leaf == "weight":
-        bound = math.sqrt(6 / (shape[0] + shape[1:].numel()))
+        bound = math.sqrt(6 / (shape[0] + shape[1:].numel())) * getattr(owner, "gain", 1.0)
         _draw(piece, first, seed, name, lambda u: (2 * u - 1) * bound)
     elif leaf.endswith("token"):
         _draw(piece, first, seed, name, lambda u: torch.special.ndtri(u.clamp(min=2**-25)) * 0.02)

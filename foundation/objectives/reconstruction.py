@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foundation.config import Config
 from foundation.config_text import Problem
-from foundation.models.families import FAMILY, Tokens, tokens
+from foundation.models.families import FAMILY, Tokens, class_token
 from foundation.models.heads import FusedWindowModel, MaskedImageModel, MaskedWindowModel
 from foundation.models.vit import ViT
 from foundation.objectives.masks import Masks, local_windows, random_patches, visible_patches, whole_image
@@ -29,9 +29,11 @@ class Inputs(NamedTuple):
 
 def build_encoder(config: Config) -> ViT:
     """The encoder of a configuration; `models.initialise` or a checkpoint gives it its weights."""
-    size, model, t = FAMILY[config.model.size], config.model, tokens(config)
-    where = model.positions, t.class_token, t.registers
-    return ViT(size.dim, size.depth, size.heads, model.patch, model.channels, model.attention, *where)
+    size, model = FAMILY[config.model.size], config.model
+    where = model.positions, class_token(config), model.registers
+    encoder = ViT(size.dim, size.depth, size.heads, model.patch, model.channels, model.attention, *where)
+    encoder.patch_embed.proj.gain = model.input_gain
+    return encoder
 
 
 class MaskedReconstruction:
@@ -43,6 +45,7 @@ class MaskedReconstruction:
 
     positions = "relative"
     """What the frame builds on: windows know nothing of their place in the image."""
+    evaluated, class_token = "encoder", True
 
     def __init__(self, config: Config, target: FixedTarget) -> None:
         self.config, self.fixed = config, target
@@ -106,7 +109,7 @@ class MaskedReconstruction:
         return local_windows(self.config.seed, positions, grid, o.window, o.windows, o.mask_ratio, shared)
 
     @torch.no_grad()
-    def prepare(self, images: Tensor, positions: Tensor) -> Inputs:
+    def prepare(self, images: Tensor, positions: Tensor, begin: int = 0) -> Inputs:
         """Masks and exact fp32 targets of a micro-batch: images fp32 [B, C, S, S], positions int64 [B]."""
         patch = self.config.model.patch
         masks = self.masks(positions, (images.shape[-2] // patch, images.shape[-1] // patch))
@@ -119,6 +122,10 @@ class MaskedReconstruction:
         per_map = error.flatten(0, -2).mean(0).view(len(self.names), -1).mean(1)
         parts = {f"loss_{name}": value for name, value in zip(self.names, per_map.detach(), strict=True)}
         return per_map.mean(), parts
+
+    def momentum(self, position: int) -> float | None:
+        """There is no teacher."""
+        return None
 
     def predict(self, model: Any, images: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
         """For figures: target maps [B, M, H / cell, W / cell], and the predictions [B, W, m, out] of what is asked."""
