@@ -14,11 +14,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from foundation.config import Config, from_dict, load
-from foundation.errors import ConfigError
+from foundation.errors import CheckpointError, ConfigError
 from foundation.evaluation.panels import model_panels
-from foundation.interchange import load_encoder
+from foundation.interchange import import_published, load_encoder
 from foundation.models.families import flops, parameters, shapes, size, tokens
 from foundation.models.initialise import initialise
+from foundation.models.position import sincos
 from foundation.objectives.latent import JointEmbeddingPrediction
 from foundation.objectives.masks import batch_blocks, block_sizes, in_block, multi_block
 from foundation.objectives.reconstruction import build_encoder
@@ -42,7 +43,7 @@ SCALE, ASPECT = (0.15, 0.2), (0.75, 1.5)
 
 def config(objective: dict[str, Any] | None = None, registers: int = 0, **rest: Any) -> Config:
     """An 8x8 grid of 8-pixel patches."""
-    decoder = {"width": 32, "depth": 2, "heads": 2}
+    decoder = {"width": 48, "depth": 2, "heads": 3}
     model = {
         "size": "nano",
         "patch": 8,
@@ -326,6 +327,57 @@ def test_the_report_shows_blocks_and_says_nothing_of_reconstructions(catalog: Pa
     panels = model_panels(run, model.state_dict(), opened, tmp_path, count=2)
     assert [caption.partition(" (")[0] for caption in panels] == ["Context and target blocks", "Attention distance"]
     assert all(Path(str(panel)).stat().st_size > 1000 for panel in panels.values())
+
+
+# --- published files
+
+
+def published(model: Any, prefix: str = "module.") -> dict[str, Any]:
+    """A file as the published code writes it: a state dict for each part, positions among the tensors."""
+
+    def named(part: str, predictor: bool) -> dict[str, Tensor]:
+        found = {}
+        for name, tensor in model.get_submodule(part).state_dict().items():
+            name = name.replace(".fc", ".mlp.fc")
+            if predictor and name != "mask_token":
+                name = "predictor_" + name.replace("pred.", "proj.")
+            found[prefix + name] = tensor
+        return found
+
+    parts = {"encoder": named("encoder", False), "target_encoder": named("teacher", False)}
+    for state in parts.values():
+        state[f"{prefix}pos_embed"] = sincos((8, 8), 96, torch.device("cpu"), torch.float32).clone()
+    return {**parts, "predictor": named("predictor", True), "epoch": 300, "opt": {}}
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_a_published_file_becomes_a_checkpoint_that_is_judged_by_its_target_encoder(
+    prefix: str, tmp_path: Path
+) -> None:
+    model: Any = build(config()).build_model()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.1)
+    torch.save(published(model, prefix), tmp_path / "ijepa.pth")
+    encoder, run = load_encoder(import_published(tmp_path / "ijepa.pth", tmp_path / "run"))
+    assert (run.objective.name, run.model.positions, run.model.decoder.width) == ("i-jepa", "sincos", 48)
+    with torch.no_grad():
+        assert torch.allclose(encoder(images()), model.teacher(images()), atol=1e-5)
+        assert not torch.allclose(encoder(images()), model.encoder(images()), atol=1e-2)
+
+
+def test_published_files_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    whole: Any = published(build(config()).build_model())
+    del whole["predictor"]["module.predictor_embed.weight"]
+    torch.save(whole, tmp_path / "part.pth")
+    with pytest.raises(CheckpointError, match=r"not an I-JEPA model: 'predictor\.embed\.weight' is missing"):
+        import_published(tmp_path / "part.pth", tmp_path / "run")
+    learnt: Any = published(build(config()).build_model())
+    learnt["encoder"]["module.pos_embed"] += 1
+    torch.save(learnt, tmp_path / "learnt.pth")
+    with pytest.raises(CheckpointError, match=r"encoder\.pos_embed is not the fixed table"):
+        import_published(tmp_path / "learnt.pth", tmp_path / "run")
 
 
 # --- planning
