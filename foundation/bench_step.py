@@ -29,7 +29,7 @@ from foundation.errors import ConfigError
 from foundation.models.attention import Attention
 from foundation.models.families import FAMILY, flops
 from foundation.models.initialise import initialise
-from foundation.objectives.reconstruction import Inputs
+from foundation.objectives.reconstruction import Inputs, MaskedReconstruction
 from foundation.objectives.registry import build
 from foundation.training.blocks import units
 from foundation.training.optim import build_optimizer, rules
@@ -123,7 +123,9 @@ class Step:
         decoder = {"decoder": SMALL_DECODER} if size in ("nano", "tiny") else {}
         self.config: Config = from_dict({"model": {"size": size, **decoder}, "data": {"lanes": 1}})
         self.batch, self.device = batch, device
-        self.objective = build(self.config)
+        objective = build(self.config)
+        assert isinstance(objective, MaskedReconstruction)  # sar-jepa: this bench is about its target
+        self.objective = objective
         self.targets = self.objective.target, PublishedTarget(self.objective.target.names)
         self.model = self.objective.build_model().to(device)
         initialise(self.model, 0)

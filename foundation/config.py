@@ -162,6 +162,9 @@ class ModelConfig(Section):
     registers: int = Field(
         default=0, ge=0, le=16, description="learnt tokens beside the patches that nobody reads (arXiv 2309.16588)"
     )
+    input_gain: Positive = Field(
+        default=1.0, description="initial weights of the patch embedding times this: as if images were brighter"
+    )
     decoder: DecoderConfig = Field(default=DecoderConfig(), description="decoder of masked tokens")
 
     @field_validator("size")
@@ -209,6 +212,20 @@ class ObjectiveConfig(Section):
     )
     cell: int = Field(default=8, ge=1, description="hog, sar-hog: side of a cell, pixels; must divide model.patch")
     bins: int = Field(default=9, ge=1, le=1024, description="hog, sar-hog: bins of half a turn")
+    blocks: int = Field(default=4, ge=1, le=64, description="i-jepa: target blocks per image")
+    block_scale: tuple[Positive, Positive] = Field(
+        default=(0.15, 0.2), description="i-jepa: share of the image that a target block covers, smallest and largest"
+    )
+    block_aspect: tuple[Positive, Positive] = Field(
+        default=(0.75, 1.5), description="i-jepa: height / width of a target block, smallest and largest"
+    )
+    context_scale: tuple[Positive, Positive] = Field(
+        default=(0.85, 1.0), description="i-jepa: share of the image of the block that targets are cut out of"
+    )
+    momentum: tuple[Unit, Unit] = Field(
+        default=(0.996, 1.0),
+        description="i-jepa: what the teacher keeps of itself per optim.reference_batch samples, at first and at last",
+    )
     gaussian_window: int | None = Field(
         default=None, ge=2, description="hog: side of the Gaussian that weights gradients, pixels; null: no weights"
     )
@@ -230,7 +247,11 @@ class OptimConfig(Section):
         default=(0.9, 0.95), description="AdamW decay of the two moments"
     )
     weight_decay: float = Field(default=0.05, ge=0, description="decoupled weight decay of matrices")
+    final_weight_decay: float | None = Field(
+        default=None, ge=0, description="weight decay at the end of a cosine over the run; null: constant"
+    )
     warmup_samples: int = Field(default=1_895_520, ge=0, description="linear warm-up, samples")
+    warmup_lr: float = Field(default=0.0, ge=0, description="learning rate at its start, on the scale of lr")
     min_lr: float = Field(default=0.0, ge=0, description="learning rate at the end of the cosine, on the scale of lr")
     grad_clip: float | None = Field(default=None, gt=0, description="largest gradient norm; null does not clip")
     ema_half_life: int | None = Field(

@@ -30,6 +30,8 @@ def conflicts(c: Config) -> Iterator[Problem]:
         yield conflict(c.optim.warmup_samples, text, "optim.warmup_samples", "train.samples")
     if c.optim.min_lr > c.optim.lr:
         yield conflict(c.optim.min_lr, f"at most optim.lr = {c.optim.lr}", "optim.min_lr", "optim.lr")
+    if c.optim.warmup_lr > c.optim.lr:
+        yield conflict(c.optim.warmup_lr, f"at most optim.lr = {c.optim.lr}", "optim.warmup_lr", "optim.lr")
     for key in ("crop_scale", "crop_ratio"):
         low, high = getattr(d, key)
         if not 0 < low <= high:

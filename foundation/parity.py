@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from foundation.errors import DataError, ExplainedError
@@ -29,6 +29,7 @@ from foundation.interchange import (
     model_of,
     rename,
 )
+from foundation.interchange.joint import joint_from_published, joint_name, joint_of, joint_parts
 from foundation.models.heads import Decoder
 from foundation.objectives.half_windows import log_ratios
 from foundation.objectives.histograms import HOG, SARHOG
@@ -44,9 +45,7 @@ ATTENTION = ("reference", "sdpa", "dense")
 """Backends compared unless others are named: those that every CPU has."""
 EDGES = 1e-3
 """Share of the entries of histograms whose angle may lie on the edge of a bin."""
-NOT_COVERED = {
-    "ijepa_pretrain_step.npz": "I-JEPA",
-}
+NOT_COVERED: dict[str, str] = {}
 
 
 class Line(NamedTuple):
@@ -217,6 +216,33 @@ def _mae(arrays: Arrays, _: Path, attention: Sequence[str]) -> Iterator[tuple[st
     yield from _pixel_step(arrays, masks, _tensor(arrays["pred"])[:, None], attention)
 
 
+def _latent(arrays: Arrays, _: Path, attention: Sequence[str]) -> Iterator[tuple[str, float, float, str]]:
+    parts = {part: _under(arrays, f"{part}/") for part in ("encoder", "target_encoder", "predictor")}
+    for part, name in (("encoder", "pos_embed"), ("target_encoder", "pos_embed"), ("predictor", "predictor_pos_embed")):
+        yield f"fixed positions, {part}", fixed_gap(parts[part][name]), 1e-6, ""
+    state = joint_from_published(joint_parts(parts) or {})
+    heads, n = json.loads(str(arrays["config"]))["num_heads"], arrays["images"].shape[0]
+    context = _tensor(arrays["context_ids"].astype(np.int64))[0]
+    targets = _tensor(arrays["target_ids"].astype(np.int64)).transpose(0, 1).contiguous()
+    for backend in attention:
+        model = joint_of(state, backend, heads=(heads, heads))
+        model.load_state_dict(state)
+        found = model(_images(arrays), context, targets)[:2]
+        for name, ours in zip(("pred", "target"), found, strict=True):  # rows of the file: block outside, image inside
+            theirs = arrays[name].reshape(-1, n, *arrays[name].shape[1:])
+            yield f"{name}, {backend}", _gap(ours.transpose(0, 1), theirs), 1e-4, ""
+        loss = F.smooth_l1_loss(*found)
+        yield f"loss, {backend}", _relative(loss.item(), float(arrays["loss"])), 1e-5, "relative"
+        loss.backward()
+        published = {joint_name(name): norm for name, norm in json.loads(str(arrays["grad_norms"])).items()}
+        yield from _norms(model, published, backend)
+
+
+def _under(arrays: Arrays, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a file whose names begin so, without the beginning."""
+    return {name.removeprefix(prefix): _tensor(array) for name, array in arrays.items() if name.startswith(prefix)}
+
+
 def _pixel_step(
     arrays: Arrays, masks: Masks, pred: Tensor, attention: Sequence[str]
 ) -> Iterator[tuple[str, float, float, str]]:
@@ -241,13 +267,18 @@ def _one_step(
         yield f"loss, {backend}", _relative(loss.item(), float(arrays["loss"])), 1e-5, "relative"
         loss.backward()
         norms = {rename(name, linear): value for name, value in json.loads(str(arrays["grad_norms"])).items()}
-        ours = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
-        if set(norms) != set(ours):
-            yield f"gradient norms, {backend}", float("inf"), 1e-3, f"names differ: {sorted(set(norms) ^ set(ours))}"
-            continue
-        errors = {name: _relative(ours[name], norm) for name, norm in norms.items()}
-        worst = max(errors, key=lambda name: errors[name])
-        yield f"gradient norms ({len(norms)}), {backend}", errors[worst], 1e-3, f"relative; worst {worst}"
+        yield from _norms(model, norms, backend)
+
+
+def _norms(model: nn.Module, norms: dict[str, float], backend: str) -> Iterator[tuple[str, float, float, str]]:
+    """Gradient norms beside published ones, under our names."""
+    ours = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+    if set(norms) != set(ours):
+        yield f"gradient norms, {backend}", float("inf"), 1e-3, f"names differ: {sorted(set(norms) ^ set(ours))}"
+        return
+    errors = {name: _relative(ours[name], norm) for name, norm in norms.items()}
+    worst = max(errors, key=lambda name: errors[name])
+    yield f"gradient norms ({len(norms)}), {backend}", errors[worst], 1e-3, f"relative; worst {worst}"
 
 
 @torch.no_grad()
@@ -294,6 +325,7 @@ CHECKS: dict[str, Check] = {
     "sarjepa_pretrain_step.npz": _step,
     "lomar_pretrain_step.npz": _lomar,
     "mae_pretrain_step.npz": _mae,
+    "ijepa_pretrain_step.npz": _latent,
     "classifier.npz": _classifier,
     "lr_schedule.json": _schedule,
     "vit_base_state_shapes.json": _shapes,

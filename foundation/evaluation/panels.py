@@ -12,7 +12,7 @@ from torch import Tensor
 from foundation.config import Config, from_dict, resolved_yaml
 from foundation.errors import DataError
 from foundation.evaluation import report
-from foundation.evaluation.figures.pictures import reconstruction_panels, target_panels
+from foundation.evaluation.figures.pictures import block_panels, reconstruction_panels, target_panels
 from foundation.evaluation.leaks import read_verdict
 from foundation.evaluation.predictions import read as read_predictions
 from foundation.evaluation.scores import Score, from_rows
@@ -66,8 +66,7 @@ def write_run_report(run: Path, catalog: Catalog, labelled: Catalog | None = Non
 
 def trained_encoder(config: Config, weights: dict[str, Tensor]) -> Any:
     """The encoder among the weights of a whole model, in evaluation mode."""
-    encoder = build_encoder(config)
-    prefix = "encoder."
+    encoder, prefix = build_encoder(config), f"{build(config).evaluated}."
     encoder.load_state_dict({n.removeprefix(prefix): w for n, w in weights.items() if n.startswith(prefix)})
     return encoder.eval()
 
@@ -100,9 +99,13 @@ def model_panels(config: Config, weights: dict[str, Tensor], catalog: Catalog, f
     model.load_state_dict(weights)
     model.eval()
     images = pick_images(catalog, config.data.image_size, count)
+    shown = f"images of {', '.join(source.name for source in catalog.sources)}"
+    if not isinstance(objective, MaskedReconstruction):  # what is predicted are features, not maps
+        pixels, context, blocks = objective.prepare(images, torch.arange(count)).model_args
+        drawn = block_panels(pixels, context, blocks, config.model.patch, folder / "blocks.png")
+        return {f"Context and target blocks ({shown})": drawn}
     masks, targets, predictions = reconstruct(objective, model, images)
     names, targets, predictions = objective.names[:MAPS], targets[:, :MAPS], predictions[:, :MAPS]
-    shown = f"images of {', '.join(source.name for source in catalog.sources)}"
     if len(objective.names) > MAPS:
         shown += f", {MAPS} of {len(objective.names)} maps"
     what = "Reconstruction of masked patches" if bool((masks == 1).any()) else "Prediction of all patches"

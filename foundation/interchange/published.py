@@ -1,4 +1,4 @@
-"""Encoders in: checkpoints of this trainer and published ones (SAR-JEPA, LoMaR, MAE, FG-MAE), by names of tensors."""
+"""Encoders in: checkpoints of this trainer and published ones (SAR-JEPA, LoMaR, MAE, FG-MAE, I-JEPA), by names."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from torch.nn import functional as F
 
 from foundation.config import Config, from_dict, to_dict
 from foundation.errors import CheckpointError
+from foundation.interchange.joint import is_joint, joint_from_published, joint_of, joint_parts
 from foundation.interchange.saratrx import from_saratrx, is_hivit, write_hivit
 from foundation.models.families import FAMILY, Row
 from foundation.models.heads import Decoder, LinearHead, MaskedImageModel, MaskedWindowModel
 from foundation.models.initialise import initialise
 from foundation.models.position import sincos
+from foundation.models.predictor import JointEmbedding, Predictor
 from foundation.models.vit import ViT
 from foundation.objectives.reconstruction import build_encoder
+from foundation.objectives.registry import build
 from foundation.training import checkpoint
 
 log = logging.getLogger(__name__)
@@ -46,7 +49,7 @@ KNOWN = "SAR-JEPA, LoMaR, MAE and FG-MAE with decoder or head, MAE's encoder alo
 _DO = "save it again with torch.save({'model': state_dict}, path)"
 
 
-Model = MaskedWindowModel | MaskedImageModel
+Model = MaskedWindowModel | MaskedImageModel | JointEmbedding
 
 
 def rename(published: str, linear: bool = False) -> str:
@@ -60,6 +63,8 @@ def rename(published: str, linear: bool = False) -> str:
 
 def from_published(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A published state dict under our names, without the tensors that the published code never uses."""
+    if is_joint(state):
+        return joint_from_published(state)
     linear = is_linear(state)
     ours = {rename(name, linear): tensor for name, tensor in state.items() if name not in UNUSED}
     channels = ours[_CHANNELS].shape[1] if _CHANNELS in ours and ours[_CHANNELS].ndim == 4 else 1
@@ -115,6 +120,8 @@ def model_of(
     Heads show in position tables. A model without them, MAE's, has the `heads` of encoder and decoder that are given,
     or those of the size of its width and depth and the published decoder's 16.
     """
+    if is_joint(state):
+        return joint_of(state, attention, where, heads)
     try:
         dim, channels, patch, _ = state[_CHANNELS].shape
         if not is_relative(state):
@@ -146,11 +153,15 @@ def model_of(
 
 
 def fixed_gap(table: Tensor) -> float:
-    """Largest difference of a published table of positions [1, 1 + N, dim] from the fixed one, class token zero."""
-    if table.ndim != 3 or table.shape[2] % 4 or (side := math.isqrt(table.shape[1] - 1)) ** 2 != table.shape[1] - 1:
+    """Largest difference of a published table [1, N, dim] from the fixed one, or [1, 1 + N, dim], class token zero."""
+    if table.ndim != 3 or table.shape[2] % 4 or table.shape[1] < 1:
+        return math.inf
+    side = math.isqrt(table.shape[1])
+    first = table.shape[1] - side**2
+    if first > 1:
         return math.inf
     ours = sincos((side, side), table.shape[2], table.device, torch.float32)
-    gap = (table.float() - F.pad(ours, (0, 0, 1, 0))).abs().max().item()
+    gap = (table.float() - F.pad(ours, (0, 0, first, 0))).abs().max().item()
     return gap if gap < math.inf else math.inf
 
 
@@ -174,7 +185,7 @@ def read_file(path: Path) -> Any:
 def read_state(path: Path) -> dict[str, Tensor]:
     """The tensors of a published `.pth` under their own names."""
     loaded = read_file(path)
-    state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
+    state = joint_parts(loaded) or (loaded.get("model", loaded) if isinstance(loaded, dict) else loaded)
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError("no state dict found", where=str(path), do=_DO)
     return state
@@ -188,9 +199,10 @@ def read_published(path: Path) -> dict[str, Tensor]:
 def checked(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """A published state dict under our names. Raises CheckpointError for positions that are not those added here."""
     ours = from_published(state)
-    learnt = [] if is_relative(ours) else [n for n in FIXED if n in state and fixed_gap(state[n]) > 1e-4]
+    tables = [n for n in state if n.split(".")[-1] in (*FIXED, "predictor_pos_embed")]
+    learnt = [] if is_relative(ours) else [n for n in tables if fixed_gap(state[n]) > 1e-4]
     if learnt:
-        what = f"{learnt[0]} is not the fixed table of sines and cosines that MAE adds"
+        what = f"{learnt[0]} is not the fixed table of sines and cosines that MAE and I-JEPA add"
         raise CheckpointError(what, where=where, do="learnt positions are not supported; import an MAE checkpoint")
     return ours
 
@@ -239,12 +251,13 @@ def import_published(path: Path, out: Path) -> Path:
             where=str(path),
             do="add a row to foundation/models/families.py",
         )
-    decoder = model.decoder
+    joint = isinstance(model, JointEmbedding)
+    decoder = model.predictor if isinstance(model, JointEmbedding) else model.decoder
     head: dict[str, int] = {"depth": 0}
-    if isinstance(decoder, Decoder):
+    if isinstance(decoder, Decoder | Predictor):
         head = {"width": decoder.embed.out_features, "depth": len(decoder.blocks), "heads": decoder.heads}
     fixed, linear = isinstance(model, MaskedImageModel), isinstance(decoder, LinearHead)
-    objective = "lomar" if linear else "sar-jepa"
+    objective = "i-jepa" if joint else "lomar" if linear else "sar-jepa"
     if fixed:
         objective = "mae" if is_pixels(state) else "fg-mae"
         check_predictions(state, str(path))
@@ -255,7 +268,7 @@ def import_published(path: Path, out: Path) -> Path:
                 "size": size,
                 "patch": encoder.patch,
                 "channels": encoder.channels,
-                "positions": "sincos" if fixed else "relative",
+                "positions": "sincos" if fixed or joint else "relative",
                 "decoder": head,
             },
             "objective": {"name": objective},
@@ -269,10 +282,11 @@ def import_published(path: Path, out: Path) -> Path:
 def load_encoder(path: Path | str, device: str = "cpu", averaged: bool = False) -> tuple[ViT, Config]:
     """The encoder of a run folder or checkpoint, with its configuration; evaluation mode.
 
-    `averaged` takes the running average of the weights. Raises CheckpointError where the run kept none.
+    Of I-JEPA it is the teacher, as published. `averaged` takes the running average of the weights. Raises
+    CheckpointError where the run kept none.
     """
-    state = checkpoint.load(path, "ema.encoder." if averaged else "model.encoder.")
-    config = from_dict(state["config"])
+    config = from_dict(checkpoint.load(path, None)["config"])
+    state = checkpoint.load(path, "ema.encoder." if averaged else f"model.{build(config).evaluated}.")
     if averaged and not state["tensors"]:
         raise CheckpointError(
             "there is no average of the weights in this checkpoint",

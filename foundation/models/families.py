@@ -65,6 +65,9 @@ class Tokens(NamedTuple):
     """in front of the patches of the encoder, and of the decoder"""
     registers: int = 0
     """in front of the patches of the encoder alone"""
+    blocks: int = 0
+    """target blocks of an image, each of which a predictor meets beside what is visible, and a teacher sees the whole
+    image; 0: one decoder pass per window, no teacher"""
 
     @property
     def prefix(self) -> int:
@@ -82,9 +85,19 @@ class Tokens(NamedTuple):
         return self.length if self.visible is None else self.visible
 
     @property
+    def taken(self) -> int:
+        """Tokens of a window that the decoder takes from the encoder."""
+        return self.encoded - self.registers
+
+    @property
     def decoded(self) -> int:
-        """Tokens of a window in the decoder: all but the registers."""
-        return self.length - self.registers
+        """Tokens of one pass of the decoder: all but the registers, or what is visible and one target block."""
+        return self.taken + self.masked if self.blocks else self.length - self.registers
+
+    @property
+    def passes(self) -> int:
+        """Passes of an image through the decoder, each with `masked` predictions."""
+        return self.blocks or self.windows
 
 
 def tokens(config: Config) -> Tokens:
@@ -92,6 +105,12 @@ def tokens(config: Config) -> Tokens:
     # Looked up when asked for: objectives build models, and no configuration is valid without them.
     counts: Tokens = importlib.import_module("foundation.objectives.registry").build(config).tokens()
     return counts
+
+
+def class_token(config: Config) -> bool:
+    """Whether the encoder has one: its objective decides."""
+    found: bool = importlib.import_module("foundation.objectives.registry").build(config).class_token
+    return found
 
 
 def attention_backends(config: Config, device: str) -> tuple[str, ...]:
@@ -102,7 +121,8 @@ def attention_backends(config: Config, device: str) -> tuple[str, ...]:
     seen = (side, side) if t.visible is None else (1, t.visible - t.prefix)
     parts = [(row.dim, row.heads, Layout(seen, t.prefix))]
     if model.decoder.depth:
-        parts.append((model.decoder.width, model.decoder.heads, Layout((side, side), int(t.class_token))))
+        place = Layout((1, t.decoded), 0) if t.blocks else Layout((side, side), int(t.class_token))
+        parts.append((model.decoder.width, model.decoder.heads, place))
     problems = (Problem(device, dtype, h, dim // h, layout, bias=bias, trains=True) for dim, h, layout in parts)
     return tuple(choose(model.attention, problem) for problem in problems)
 
@@ -120,18 +140,32 @@ def size(shapes: Iterable[Rows]) -> int:
 
 
 class Shapes(NamedTuple):
-    """The parameters of a model: of one encoder block, of one decoder block, and all that lie in no block."""
+    """The parameters of a model: of one encoder block, of one decoder block, and all that lie in no block.
+
+    `frozen` are those of a teacher that lie in no block; it has the blocks of the encoder once more.
+    """
 
     block: list[Rows]
     decoder_block: list[Rows]
     root: list[Rows]
     depth: int
     decoder_depth: int
+    frozen: list[Rows] = []  # noqa: RUF012  # never changed
+
+    @property
+    def trained(self) -> list[Rows]:
+        """All that have gradients and moments."""
+        return self.root + self.depth * self.block + self.decoder_depth * self.decoder_block
+
+    @property
+    def teacher(self) -> list[Rows]:
+        """All that only follow."""
+        return self.frozen + self.depth * self.block if self.frozen else []
 
     @property
     def every(self) -> list[Rows]:
         """All of the model."""
-        return self.root + self.depth * self.block + self.decoder_depth * self.decoder_block
+        return self.trained + self.teacher
 
 
 def linear(inputs: int, outputs: int) -> list[Rows]:
@@ -169,6 +203,7 @@ def shapes(config: Config) -> Shapes:
     row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
     root = linear(model.patch**2 * model.channels, row.dim)
     root += [Rows(1, tokens * row.dim) for tokens in (t.class_token, t.registers) if tokens]
+    frozen = [*root, *2 * [Rows(row.dim)]] if t.blocks else []
     root += [Rows(1, row.dim if t.visible is None else decoder.width)]  # the mask token, where it enters
     root += 2 * [Rows(row.dim)]  # the final norm
     root += [Rows(t.fusion)] if t.fusion else []
@@ -178,7 +213,7 @@ def shapes(config: Config) -> Shapes:
         return Shapes(block, [], root + linear(row.dim, t.values), row.depth, 0)
     root += [*linear(row.dim, decoder.width), *2 * [Rows(decoder.width)], *linear(decoder.width, t.values)]
     narrow = block_shapes(decoder.width, decoder.heads, relative(config), int(t.class_token))
-    return Shapes(block, narrow, root, row.depth, decoder.depth)
+    return Shapes(block, narrow, root, row.depth, decoder.depth, frozen)
 
 
 class Parameters(NamedTuple):
@@ -188,12 +223,14 @@ class Parameters(NamedTuple):
     block: int
     decoder_block: int
     root: int
+    teacher: int = 0
+    """of the total: without gradients"""
 
 
 def parameters(config: Config) -> Parameters:
     """Exact parameter counts of the model that a configuration builds, decoder included."""
     s = shapes(config)
-    return Parameters(size(s.every), size(s.block), size(s.decoder_block), size(s.root))
+    return Parameters(size(s.every), size(s.block), size(s.decoder_block), size(s.root + s.frozen), size(s.teacher))
 
 
 class Flops(NamedTuple):
@@ -204,6 +241,8 @@ class Flops(NamedTuple):
     decoder: int
     head: int
     """the projection into the decoder, where there is one, and the prediction of the masked tokens"""
+    teacher: int = 0
+    """of the whole image, without a backward pass"""
 
     @property
     def forward(self) -> int:
@@ -212,11 +251,11 @@ class Flops(NamedTuple):
 
     @property
     def training(self) -> int:
-        """Of forward and backward: three times the forward pass, as usual.
+        """Of forward and backward: three times the forward pass, as usual, but that of a teacher.
 
         The first projection needs no gradient of the image, so `embed` less is executed (below 0.2 %).
         """
-        return 3 * self.forward
+        return 3 * self.forward - 2 * self.teacher
 
 
 def block_flops(dim: int, length: int, relative: bool = True, prefix: int = 1, options: Options = PLAIN) -> int:
@@ -225,21 +264,25 @@ def block_flops(dim: int, length: int, relative: bool = True, prefix: int = 1, o
     return length * (8 * dim * dim + mlp + 4 * length * dim + 2 * num_buckets(cls_tokens=prefix) * dim * relative)
 
 
-def flops(config: Config) -> Flops:
+def flops(config: Config, counts: Tokens | None = None) -> Flops:
     """Operations of one image: 2 per multiply-add of every matrix product by the definition, as executed.
+
+    `counts` replaces the token counts of the configuration, which are means where they differ between batches.
 
     All windows with all their tokens pass the decoder, and the encoder if it sees the masked ones; attention counts
     q·k, p·v and the product of the queries with the position table. Norms, softmax, GELU, gates, residuals and the
     target do not count (none of them is a matrix product), nor what a backend adds, such as the spread table of `dense`
     and `sdpa`.
     """
-    row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
-    taken = t.encoded - t.registers
-    projection = 2 * t.windows * taken * row.dim * decoder.width if decoder.depth else 0
+    row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, counts or tokens(config)
+    projection = 2 * t.windows * t.taken * row.dim * decoder.width if decoder.depth else 0
     width = decoder.width if decoder.depth else row.dim
+    embed = 2 * t.patches * model.patch**2 * model.channels * row.dim
+    whole = embed + row.depth * block_flops(row.dim, t.prefix + t.patches, relative(config), t.prefix, options(config))
     return Flops(
-        embed=2 * t.patches * model.patch**2 * model.channels * row.dim,
+        embed=embed,
         encoder=row.depth * t.windows * block_flops(row.dim, t.encoded, relative(config), t.prefix, options(config)),
-        decoder=decoder.depth * t.windows * block_flops(decoder.width, t.decoded, relative(config), t.class_token),
-        head=projection + 2 * t.windows * t.masked * width * t.values,
+        decoder=decoder.depth * t.passes * block_flops(decoder.width, t.decoded, relative(config), t.class_token),
+        head=projection + 2 * t.passes * t.masked * width * t.values,
+        teacher=whole if t.blocks else 0,
     )

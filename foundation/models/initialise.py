@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -45,7 +46,8 @@ def initialise(
 ) -> None:
     """Xavier-uniform weights, zero biases and tables, unit norms, tokens of std 0.02: the published initialisation.
 
-    A parameter that is `given` by its name takes those values instead.
+    A parameter that is `given` by its name takes those values instead. A teacher is drawn, or given, as the encoder,
+    which it equals.
 
     Fusions start at zero too: equal weights; learnt positions as tokens, layer scales at the value of their layer. Each
     process draws the `part` that it holds of a parameter and no more, so any sharding starts from the same weights.
@@ -53,10 +55,11 @@ def initialise(
     """
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        if given and name in given:
-            _copy(part(parameter), given[name])
+        student = re.sub(r"^teacher\.", "encoder.", name)
+        if given and student in given:
+            _copy(part(parameter), given[student])
         else:
-            _fill(part(parameter), model.get_submodule(owner), leaf, seed, name)
+            _fill(part(parameter), model.get_submodule(owner), leaf, seed, student)
 
 
 @torch.no_grad()
@@ -69,10 +72,10 @@ def _copy(part: Piece, given: Given) -> None:
 
 @torch.no_grad()
 def _fill(part: Piece, owner: nn.Module, leaf: str, seed: int, name: str) -> None:
-    """Write a piece of the parameter `name`, which its owner calls `leaf`."""
+    """Write a piece of the parameter that is drawn as `name`, which its owner calls `leaf`."""
     piece, first, shape = part.values.view(-1), part.first, part.shape
     if isinstance(owner, nn.Linear | nn.Conv2d) and leaf == "weight":
-        bound = math.sqrt(6 / (shape[0] + shape[1:].numel()))
+        bound = math.sqrt(6 / (shape[0] + shape[1:].numel())) * getattr(owner, "gain", 1.0)
         _draw(piece, first, seed, name, lambda u: (2 * u - 1) * bound)
     elif leaf.endswith("token") or leaf == "embedding":
         _draw(piece, first, seed, name, lambda u: torch.special.ndtri(u.clamp(min=2**-25)) * 0.02)

@@ -50,12 +50,18 @@ class Block(nn.Module):
         return F.silu(gate) * value
 
 
+class Projection(nn.Conv2d):
+    """A convolution whose initial weights are multiplied by `gain`."""
+
+    gain = 1.0
+
+
 class PatchEmbed(nn.Module):
     """Non-overlapping patches to tokens: [B, C, H, W] → [B, H/p · W/p, dim] in raster order."""
 
     def __init__(self, patch: int, channels: int, dim: int) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(channels, dim, patch, stride=patch)
+        self.proj = Projection(channels, dim, patch, stride=patch)
 
     def forward(self, images: Tensor) -> Tensor:
         """Tokens in the images' raster order."""

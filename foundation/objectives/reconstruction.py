@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foundation.config import Config
 from foundation.config_text import Problem
-from foundation.models.families import FAMILY, Tokens, options, tokens
+from foundation.models.families import FAMILY, Tokens, class_token, options
 from foundation.models.heads import FusedWindowModel, MaskedImageModel, MaskedWindowModel
 from foundation.models.vit import ViT
 from foundation.objectives.masks import Masks, local_windows, random_patches, visible_patches, whole_image
@@ -29,10 +29,12 @@ class Inputs(NamedTuple):
 
 def build_encoder(config: Config) -> ViT:
     """The encoder of a configuration; `models.initialise` or a checkpoint gives it its weights."""
-    size, model, t = FAMILY[config.model.size], config.model, tokens(config)
+    size, model = FAMILY[config.model.size], config.model
     side = config.data.image_size // model.patch
-    where = model.positions, t.class_token, t.registers, options(config), (side, side)
-    return ViT(size.dim, size.depth, size.heads, model.patch, model.channels, model.attention, *where)
+    where = model.positions, class_token(config), model.registers, options(config), (side, side)
+    encoder = ViT(size.dim, size.depth, size.heads, model.patch, model.channels, model.attention, *where)
+    encoder.patch_embed.proj.gain = model.input_gain
+    return encoder
 
 
 class MaskedReconstruction:
@@ -44,6 +46,7 @@ class MaskedReconstruction:
 
     positions: tuple[str, ...] = ("relative",)
     """What the frame can build on: windows know nothing of their place in the image."""
+    evaluated, class_token = "encoder", True
 
     def __init__(self, config: Config, target: FixedTarget) -> None:
         self.config, self.fixed = config, target
@@ -108,7 +111,7 @@ class MaskedReconstruction:
         return local_windows(self.config.seed, positions, grid, o.window, o.windows, o.mask_ratio, shared)
 
     @torch.no_grad()
-    def prepare(self, images: Tensor, positions: Tensor) -> Inputs:
+    def prepare(self, images: Tensor, positions: Tensor, begin: int = 0) -> Inputs:
         """Masks and exact fp32 targets of a micro-batch: images fp32 [B, C, S, S], positions int64 [B]."""
         patch = self.config.model.patch
         masks = self.masks(positions, (images.shape[-2] // patch, images.shape[-1] // patch))
@@ -125,6 +128,10 @@ class MaskedReconstruction:
     def compared(self, prediction: Any, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """What the loss compares: predicted and target values, both [..., out]."""
         return prediction, inputs.target
+
+    def momentum(self, position: int) -> float | None:
+        """There is no teacher."""
+        return None
 
     def predict(self, model: Any, images: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
         """For figures: target maps [B, M, H / cell, W / cell], and the predictions [B, W, m, out] of what is asked."""

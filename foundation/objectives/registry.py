@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor, nn
 
 from foundation.config import Config
+from foundation.config_text import Problem
+from foundation.models.families import Tokens
 from foundation.objectives.histograms import HOG, SARHOG
+from foundation.objectives.latent import JointEmbeddingPrediction
 from foundation.objectives.reconstruction import (
     LearnedFusion,
     MaskedReconstruction,
@@ -24,7 +29,57 @@ from foundation.objectives.targets import (
     StructuralScales,
 )
 
-Objective = MaskedReconstruction
+
+class Inputs(Protocol):
+    """What one micro-batch asks of the model."""
+
+    @property
+    def model_args(self) -> tuple[Tensor, ...]:
+        """The arguments of the model, on the device."""
+
+
+class Objective(Protocol):
+    """What is learnt: a frame (masks, what the model sees) and what it predicts. It holds no tensor and no weight."""
+
+    @property
+    def config(self) -> Config:
+        """The configuration it was built from."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the maps that are predicted, for the log and for figures."""
+
+    @property
+    def evaluated(self) -> str:
+        """The part of the model that is judged and exported: `encoder`, or `teacher`."""
+
+    @property
+    def class_token(self) -> bool:
+        """Whether encoders have one."""
+
+    def tokens(self) -> Tokens:
+        """The sizes that formulas of memory and time need."""
+
+    def conflicts(self) -> Iterator[Problem]:
+        """Keys of the configuration that cannot be together under this objective."""
+
+    def build_model(self) -> nn.Module:
+        """A module with `encoder` (and `teacher`, which requires no gradient) without initial weights of its own."""
+
+    def prepare(self, images: Tensor, positions: Tensor, begin: int = 0) -> Inputs:
+        """Masks, and targets that need no model, of a micro-batch: images fp32 [B, C, S, S], positions int64 [B].
+
+        `begin` is the first position of the global batch they belong to, which the host knows without asking a device.
+        """
+
+    def compared(self, prediction: Any, inputs: Any) -> tuple[Tensor, Tensor]:
+        """What the loss compares: predicted and target values, both [..., out]."""
+
+    def loss(self, prediction: Any, inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """The fp32 loss of what the model returned, and detached scalars for the log."""
+
+    def momentum(self, position: int) -> float | None:
+        """What a teacher keeps of itself in the update that follows `position` samples; None without a teacher."""
 
 
 class Row(NamedTuple):
@@ -51,6 +106,11 @@ def fg_mae(config: Config) -> Objective:
     """Histograms of Sobel gradients of patches of which the encoder sees nothing."""
     o = config.objective
     return VisibleReconstruction(config, HOG(o.cell, o.bins, o.gaussian_window, config.model.channels))
+
+
+def i_jepa(config: Config) -> Objective:
+    """A teacher's features in blocks of which the encoder sees nothing."""
+    return JointEmbeddingPrediction(config)
 
 
 def lomar(config: Config) -> Objective:
@@ -108,6 +168,7 @@ def ratio(target: Callable[[tuple[int, ...], float, str, int], FixedTarget], con
 OBJECTIVES = {
     "mae": Row(mae, "normalised pixels of random patches, the encoder sees the others (MAE, arXiv 2111.06377)"),
     "lomar": Row(lomar, "normalised pixels of masked local windows (LoMaR, arXiv 2206.00790)"),
+    "i-jepa": Row(i_jepa, "features of a moving average of the encoder in masked blocks (I-JEPA, arXiv 2301.08243)"),
     "fg-mae": Row(fg_mae, "histograms of oriented gradients of random patches (FG-MAE, arXiv 2310.18653)"),
     "lomar-sar": Row(pixels, "pixels of masked local windows (LoMaR-SAR of arXiv 2311.15153)"),
     "low-pass": Row(low_pass, "low-pass-filtered pixels of masked local windows (arXiv 2311.15153, 2303.02416)"),

@@ -174,9 +174,9 @@ def activations(config: Config, micro_batch: int, device: str = "cuda", autocast
     mode = config.train.activation_checkpointing
     row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
     w, backends = widths(config.train.precision, device, autocast), attention_backends(config, device)
-    sequences = micro_batch * t.windows
+    sequences, passes = micro_batch * t.windows, micro_batch * t.passes
     encoder = Shape(row.dim, row.heads, t.encoded, sequences, relative(config), options(config))
-    narrow = Shape(decoder.width, decoder.heads, t.decoded, sequences, relative(config))
+    narrow = Shape(decoder.width, decoder.heads, t.decoded, passes, relative(config))
     stacks = ((encoder, row.depth), (narrow, decoder.depth))
     parts = [(s, depth, backend) for (s, depth), backend in zip(stacks, backends, strict=False)]
     full = [block_bytes(s, w, backend, device) for s, _, backend in parts]
@@ -186,17 +186,17 @@ def activations(config: Config, micro_batch: int, device: str = "cuda", autocast
         "full": [s.values * w.element for s, _, _ in parts],
     }[mode]
     blocks = sum(each * depth for each, (_, depth, _) in zip(kept, parts, strict=True))
-    masked = sequences * t.masked
+    masked = passes * t.masked
     e, picture = w.element, config.data.image_size**2 * model.channels
     rest = micro_batch * (t.patches * row.dim + (picture if e < 4 else 0)) * e
     rest += sequences * (t.inside if t.visible is None else 8 * (t.visible - t.prefix))  # the mask, or what is visible
-    taken = sequences * (t.encoded - t.registers) * row.dim
+    taken = sequences * t.taken * row.dim
     rest += encoder.values * w.norm + taken * e + 8 * sequences * t.encoded  # final norm, what takes its result
     if decoder.depth:
         rest += narrow.values * e + masked * (decoder.width * (w.norm + e) + 8)  # gather, norm, prediction
     else:
         rest += masked * row.dim * e  # prediction
-    rest += 4 * masked * t.values  # the error
+    rest += 4 * masked * t.values * (2 if t.blocks else 1)  # the error; of a teacher, both sides of it
     whole = [position_bytes(s, w, backend, device) for s, _, backend in parts]
     lasting = {"none": whole, "selective": [position_bytes(s, w, b, device, True) for s, _, b in parts]}
     positions = sum(
@@ -214,4 +214,6 @@ def batch_bytes(config: Config, micro_batch: int) -> int:
     """
     t = tokens(config)
     picture = 4 * config.data.image_size**2 * config.model.channels
+    if t.blocks:  # the target is made in the forward pass
+        return micro_batch * (picture + 8 * (t.taken + t.blocks * t.masked))
     return micro_batch * (picture + t.windows * (t.masked * (4 * t.target + 8) + 8 * t.inside))

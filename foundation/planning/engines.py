@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from foundation.config import Config
 from foundation.models.families import FAMILY, flops, parameters, shapes
@@ -57,16 +57,12 @@ def candidate(config: Config, cluster: Cluster, engine: str, micro: int) -> Cand
     units = FAMILY[config.model.size].depth + config.model.decoder.depth
     # Gradients meet in fp32 in every engine; gathered weights have the width of the arithmetic.
     shards = shard_degree(engine, cluster.world, cluster.gpus_per_node, config.train.shard_size)
-    seconds = communication(
-        engine,
-        padded(shapes(config).every, engine, shards),
-        units,
-        cluster,
-        gather=e,
-        reduce=4,
-        accumulation=steps,
-        shard_size=config.train.shard_size,
-    )
+    options: dict[str, Any] = {"gather": e, "accumulation": steps, "shard_size": config.train.shard_size}
+    s = shapes(config)
+    seconds = communication(engine, padded(s.trained, engine, shards), units, cluster, reduce=4, **options)
+    if s.teacher and engine in ("fsdp2", "hsdp", "zero3"):  # gathered once, for the forward pass alone
+        teacher = padded(s.teacher, engine, shards)
+        seconds += communication(engine, teacher, s.depth, cluster, reduce=0, **options) / 2
     step = step_seconds(compute_seconds(config, cluster), seconds, cluster.overlap)
     fits = need.total <= GPUS[cluster.gpu].memory
     return Candidate(engine, need, fits, seconds, step, config.train.global_batch / step)

@@ -11,7 +11,7 @@ from foundation.planning.cluster import FAILURE_HOURS, GPUS, Cluster, young
 from foundation.planning.engines import GB, Candidate, compute_seconds, peak, with_checkpointing
 from foundation.planning.memory import shard_degree
 from foundation.training.data import last_position
-from foundation.training.optim import learning_rate, peak_lr
+from foundation.training.optim import lr_at
 from shards.catalog import Catalog
 
 Tag = Literal["measured", "given", "derived", "assumed"]
@@ -35,14 +35,24 @@ def model_figures(config: Config) -> list[Figure]:
     """Size and arithmetic."""
     p, f, t = parameters(config), flops(config), tokens(config)
     name = f"{config.model.size}/{config.model.patch}"
+    and_teacher = f", {p.teacher:,} of them of the teacher, which is not trained" if p.teacher else ""
     passed = "all pass encoder" + " and decoder" * bool(config.model.decoder.depth)
-    if t.visible is not None:
+    if t.blocks:
+        passed = f"all pass the teacher, {t.visible} the encoder, {t.blocks} x {t.decoded} the predictor; means"
+    elif t.visible is not None:
         passed = f"all pass the decoder, {t.windows * t.visible} visible ones the encoder"
     return [
-        Figure("model", "parameters", p.total, "", "derived", f"{name} with decoder"),
+        Figure("model", "parameters", p.total, "", "derived", f"{name} with decoder{and_teacher}"),
         Figure("model", "tokens per image", t.windows * t.length, "", "derived", passed),
         Figure("model", "forward per image", f.forward / 1e9, "GFLOP", "derived", "matrix products"),
-        Figure("model", "training per image", f.training / 1e9, "GFLOP", "derived", "three forward passes"),
+        Figure(
+            "model",
+            "training per image",
+            f.training / 1e9,
+            "GFLOP",
+            "derived",
+            "three forward passes" + " but of the teacher" * bool(t.blocks),
+        ),
     ]
 
 
@@ -125,7 +135,8 @@ def checkpoint_figures(
 ) -> list[Figure]:
     """Size, stall and interval of checkpoints, beside Young's interval."""
     ema, train = config.optim.ema_half_life, config.train
-    size = parameters(config).total * (16 if ema else 12)
+    p = parameters(config)
+    size = (p.total - p.teacher) * (16 if ema else 12) + 4 * p.teacher
     pieces = shard_degree(mine.engine, cluster.world, cluster.gpus_per_node, train.shard_size)
     # Replicas, and ZeRO, which gathers tensor by tensor, copy everything in every process.
     copy, write = size / (pieces if mine.engine in ("fsdp2", "hsdp") else 1) / COPY, size / cluster.nodes / disk
@@ -163,13 +174,6 @@ def interval_warning(config: Config, mine: Candidate, kept: list[Figure]) -> lis
         f"train.checkpoint_every is {every:.3g} min, Young's interval {value['Young interval']:.3g} min: it loses "
         f"{extra:.1%} of the time more than train.checkpoint_every={samples} would"
     ]
-
-
-def lr_at(config: Config, position: float) -> float:
-    """The learning rate of the update that follows `position` samples."""
-    optim, train = config.optim, config.train
-    floor = optim.min_lr * train.global_batch / optim.reference_batch
-    return learning_rate(position, train.samples, optim.warmup_samples, peak_lr(optim, train.global_batch), floor)
 
 
 def schedule_figures(config: Config) -> list[Figure]:

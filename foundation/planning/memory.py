@@ -75,18 +75,20 @@ def memory(
     with accumulation gradients stay whole between micro-batches, 4 P more.
     zero1..3: the working weights (e P; zero3: / s) and gradients (e P; zero2 and zero3: / s) and 12 P / s of fp32
     master and moments; two buckets of at most 5e8 gradients and one more in fp32; zero3: at most 1e9 gathered weights.
+    A teacher has weights, in fp32 (zero: of the width of the arithmetic), and neither gradients nor moments.
     EMA: 4 P / s of fp32 where weights are sharded, else 4 P. Offload moves the optimiser, for fsdp2 and hsdp also
     weights and gradients, to the host. Margin: 10 % of the rest and, on a GPU, 1.5 GB.
     """
     train, s = config.train, shapes(config)
     shards = shard_degree(engine, world, gpus_per_node, train.shard_size)
-    e, count = widths(train.precision, device).element, float(padded(s.every, engine, shards))
+    e, count = widths(train.precision, device).element, float(padded(s.trained, engine, shards))
+    followed = float(padded(s.teacher, engine, shards))
     weights = gradients = 4 * count / (shards if engine in ("fsdp2", "hsdp") else 1)
     moments, copies, buffers = 2 * weights, 0.0, 0.0
     if engine in ("fsdp2", "hsdp"):
-        root, *blocks = (padded(part, engine, shards) for part in (s.root, s.block, s.decoder_block))
+        root, frozen, *blocks = (padded(p, engine, shards) for p in (s.root, s.frozen, s.block, s.decoder_block))
         live = 2.0 * max(blocks) + root
-        copies, buffers = e * live, 4 * live
+        copies, buffers = e * (live + frozen), 4 * live
         gradients += 4 * count if accumulation > 1 and shards > 1 else 0.0
     elif engine.startswith("zero"):
         weights = e * count / (shards if engine == "zero3" else 1)
@@ -95,7 +97,9 @@ def memory(
         copies = e * min(count, LIVE) if engine == "zero3" else 0.0
         buffers = (2.0 * e + 4) * min(count, BUCKET)
     elif e < 4:
-        copies = e * count
+        copies = e * (count + followed)
+    alone = 4 if engine in ("single", "ddp") else e
+    weights += followed * (4 / shards if engine in ("fsdp2", "hsdp") else alone / (shards if engine == "zero3" else 1))
     ema = 4 * count / (shards if engine in ("fsdp2", "hsdp", "zero3") else 1) if config.optim.ema_half_life else 0.0
     host = 0.0
     if train.offload and engine not in ("single", "ddp"):

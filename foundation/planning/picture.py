@@ -8,8 +8,8 @@ from foundation.config import Config
 from foundation.errors import StorageError
 from foundation.planning.cluster import GPUS, Cluster
 from foundation.planning.engines import GB
-from foundation.planning.figures import lr_at
 from foundation.planning.plan import Plan
+from foundation.training.optim import lr_at
 
 TERMS = ("parameters", "gradients", "optimizer", "ema", "copies", "buffers", "activations", "batch", "margin")
 

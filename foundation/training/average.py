@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the optimiser changes, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def followed(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters of a model's teacher, and those of its encoder in the same order."""
+    named = {part: dict(getattr(model, part).named_parameters()) for part in ("teacher", "encoder")}
+    return list(named["teacher"].values()), [named["encoder"][name] for name in named["teacher"]]
 
 
 class Average:

@@ -81,15 +81,15 @@ def prepare(model: nn.Module, train: TrainConfig) -> nn.Module:
 
 
 def with_features(model: nn.Module) -> nn.Module:
-    """Let `model(images, features=True)` give the pooled features [B, dim] of its encoder, any other call predictions.
+    """Let `model(images, features=True)` give pooled features [B, dim], any other call predictions.
 
-    By the model's own call, since engines gather pieces of it around that call and around no other. Only `forward` is
+    Features are those of the encoder that is judged: `encoder`, or what the model names as `judged`. By the model's own call, since engines gather pieces of it around that call and around no other. Only `forward` is
     replaced, as by `prepare`.
     """
-    predict = model.forward
+    predict, judged = model.forward, getattr(model, "judged", "encoder")
 
     def forward(*arguments: Any, features: bool = False, **named: Any) -> Any:
-        return model.get_submodule("encoder")(*arguments) if features else predict(*arguments, **named)
+        return model.get_submodule(judged)(*arguments) if features else predict(*arguments, **named)
 
     model.forward = forward
     return model

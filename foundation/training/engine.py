@@ -24,10 +24,10 @@ from torch.nn.parallel import DistributedDataParallel
 from foundation.config import Config
 from foundation.errors import ConfigError, LaunchError
 from foundation.models.initialise import Given, initialise
-from foundation.training.average import Average
+from foundation.training.average import Average, followed, trained
 from foundation.training.blocks import on_meta, poison, prepare, with_features
 from foundation.training.declared import declared
-from foundation.training.optim import MOMENTS, build_optimizer, rules
+from foundation.training.optim import MOMENTS, build_optimizer, rules, schedule
 from foundation.training.ranks import ALONE, Ranks
 
 JOIN = timedelta(minutes=10)  # until all processes of a run have met
@@ -42,6 +42,7 @@ class Engine:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.rank, self.local_rank, self.world_size = 0, 0, 1
+        self._followed: tuple[list[Tensor], list[Tensor]] | None = None
         cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")  # launch/accelerate/cpu.yaml
         self.device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
 
@@ -67,8 +68,10 @@ class Engine:
         """Add the gradients of a loss; over processes they become means."""
         loss.backward()
 
-    def update(self, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> Tensor:
-        """Clip, step at this learning rate and drop the gradients.
+    def update(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, lr: float, weight_decay: float | None = None
+    ) -> Tensor:
+        """Clip, step at this learning rate (and weight decay, where it changes) and drop the gradients.
 
         Returns the norm of the gradient of the global batch before clipping, on the device.
         """
@@ -78,8 +81,7 @@ class Engine:
         ) is not None:  # a factor of 1 would pass over all gradients for nothing
             nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
         norm = self.whole(norm)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        schedule(optimizer, lr, weight_decay)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm.detach().to(self.device)
@@ -120,7 +122,18 @@ class Engine:
 
     def weights(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """The fp32 weights that the optimiser changes, in the pieces that it holds."""
-        return dict(unwrap(model).named_parameters())
+        return {**trained(unwrap(model))}
+
+    @torch.no_grad()
+    def follow(self, model: nn.Module, kept: float) -> None:
+        """The teacher of a model becomes `kept` of itself and 1 - `kept` of its encoder, piece by piece, in fp32."""
+        self._followed = self._followed or self.followed(model)
+        torch._foreach_lerp_(*self._followed, 1 - kept)
+
+    def followed(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """What this process holds of the teacher and, in the same order, of the encoder, sharing their memory."""
+        teacher, encoder = ([self.local(p.detach()) for p in part] for part in followed(unwrap(model)))
+        return teacher, encoder
 
     def local(self, tensor: Tensor) -> Tensor:
         """The part of such a piece that lies in this process, sharing its memory."""
@@ -131,18 +144,20 @@ class Engine:
     ) -> dict[str, Tensor]:
         """What a checkpoint holds of model and optimiser: the tensors themselves, to be read or filled in place.
 
-        `model.NAME`, `exp_avg.NAME` and `exp_avg_sq.NAME` for every parameter, under names that no engine changes;
-        `ema.NAME` with an average. Moments that no step has made yet are zero.
+        `model.NAME` for every parameter, `exp_avg.NAME` and `exp_avg_sq.NAME` for every trained one, under names that
+        no engine changes; `ema.NAME` with an average. Moments that no step has made yet are zero.
         """
         found = {f"ema.{name}": value for name, value in average.values.items()} if average else {}
         for name, parameter in unwrap(model).named_parameters():
+            found[f"model.{name}"] = parameter.detach()
+            if not parameter.requires_grad:
+                continue
             state = optimizer.state[parameter]
             for moment in MOMENTS:
                 if moment not in state:
                     state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
             # Where the fused optimiser expects it; it would make none of its own beside the moments.
             state.setdefault("step", torch.zeros((), dtype=torch.float32, device=parameter.device))
-            found[f"model.{name}"] = parameter.detach()
             found |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
         return found
 

@@ -9,17 +9,19 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from foundation.config import OptimConfig
+from foundation.config import Config, OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter, beside the number of updates
 
 
 class Rule(NamedTuple):
-    """A parameter group: the parameters its rule takes, and their weight decay."""
+    """A parameter group: the parameters its rule takes, and their weight decay, at first."""
 
     name: str
     names: tuple[str, ...]
     weight_decay: float
+    decays: bool
+    """whether a schedule of the weight decay means it"""
 
 
 def rules(model: nn.Module, weight_decay: float) -> list[Rule]:
@@ -27,7 +29,7 @@ def rules(model: nn.Module, weight_decay: float) -> list[Rule]:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     plain = tuple(name for name, p in trained.items() if p.ndim <= 1)
     rest = tuple(name for name in trained if name not in set(plain))
-    return [Rule("bias and norm", plain, 0.0), Rule("weights, tokens, tables", rest, weight_decay)]
+    return [Rule("bias and norm", plain, 0.0, False), Rule("weights, tokens, tables", rest, weight_decay, True)]
 
 
 def rule_table(model: nn.Module, optim: OptimConfig) -> list[tuple[str, ...]]:
@@ -42,8 +44,20 @@ def rule_table(model: nn.Module, optim: OptimConfig) -> list[tuple[str, ...]]:
 def build_optimizer(model: nn.Module, table: Sequence[Rule], optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the rule table; the learning rate is set before every step."""
     parameters = dict(model.named_parameters())
-    groups = [{"params": [parameters[n] for n in r.names], "weight_decay": r.weight_decay} for r in table if r.names]
+    groups = [
+        {"params": [parameters[n] for n in r.names], "weight_decay": r.weight_decay, "decays": r.decays}
+        for r in table
+        if r.names
+    ]
     return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
+
+
+def schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float | None = None) -> None:
+    """Set the learning rate of every group, and the weight decay of those that decay, unless it stays (None)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if weight_decay is not None and group["decays"]:
+            group["weight_decay"] = weight_decay
 
 
 def peak_lr(optim: OptimConfig, global_batch: int) -> float:
@@ -51,9 +65,25 @@ def peak_lr(optim: OptimConfig, global_batch: int) -> float:
     return optim.lr * global_batch / optim.reference_batch
 
 
-def learning_rate(position: float, total: float, warmup: float, peak: float, floor: float = 0.0) -> float:
-    """Linear warm-up, then half a cosine to `floor`; all clocks in samples seen."""
+def learning_rate(
+    position: float, total: float, warmup: float, peak: float, floor: float = 0.0, start: float = 0.0
+) -> float:
+    """Linear warm-up from `start`, then half a cosine to `floor`; all clocks in samples seen."""
     if position < warmup:
-        return peak * position / warmup
+        return start + (peak - start) * position / warmup
     progress = min(1.0, (position - warmup) / max(1.0, total - warmup))
     return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def lr_at(config: Config, position: float) -> float:
+    """The learning rate of the update that follows `position` samples."""
+    optim, train = config.optim, config.train
+    peak, scale = peak_lr(optim, train.global_batch), train.global_batch / optim.reference_batch
+    ends = optim.min_lr * scale, optim.warmup_lr * scale
+    return learning_rate(position, train.samples, optim.warmup_samples, peak, *ends)
+
+
+def weight_decay_at(config: Config, position: float) -> float | None:
+    """The weight decay of that update: half a cosine over the whole run. None where it does not change."""
+    first, last = config.optim.weight_decay, config.optim.final_weight_decay
+    return None if last is None else learning_rate(position, config.train.samples, 0, first, last)

@@ -1,4 +1,4 @@
-"""One update: micro-batches → clip → AdamW → average of the weights. Nothing in it waits for the device."""
+"""One update: micro-batches → clip → AdamW → teacher, average of the weights. Nothing in it waits for the device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from foundation.config import Config
 from foundation.objectives.registry import Objective
 from foundation.training.average import Average
 from foundation.training.engine import Engine
-from foundation.training.optim import learning_rate, peak_lr
+from foundation.training.optim import lr_at, weight_decay_at
 from shards.augment import Augment
 from shards.stream import Batch
 
@@ -30,10 +30,7 @@ class Learner(NamedTuple):
 
     def lr(self, position: int) -> float:
         """The learning rate after `position` samples."""
-        optim, train = self.config.optim, self.config.train
-        scale = train.global_batch / optim.reference_batch
-        peak = peak_lr(optim, train.global_batch)
-        return learning_rate(position, train.samples, optim.warmup_samples, peak, optim.min_lr * scale)
+        return lr_at(self.config, position)
 
 
 def train_step(learner: Learner, batches: Sequence[Batch], position: int) -> dict[str, Tensor]:
@@ -47,7 +44,7 @@ def train_step(learner: Learner, batches: Sequence[Batch], position: int) -> dic
     for index, cpu_batch in enumerate(batches):
         batch = cpu_batch.to(engine.device)
         images = augment(batch, config.seed)
-        inputs = objective.prepare(images, batch.position)
+        inputs = objective.prepare(images, batch.position, position)
         with engine.accumulate(model, last=index == len(batches) - 1):
             with engine.autocast():
                 prediction = model(*inputs.model_args)
@@ -55,7 +52,9 @@ def train_step(learner: Learner, batches: Sequence[Batch], position: int) -> dic
             engine.backward(model, loss / len(batches))
         for name, value in {"loss": loss.detach(), **parts}.items():
             totals[name] = totals.get(name, 0.0) + value / len(batches)
-    norm = engine.update(model, optimizer, learner.lr(position))
+    norm = engine.update(model, optimizer, learner.lr(position), weight_decay_at(config, position))
+    if (kept := objective.momentum(position)) is not None:
+        engine.follow(model, kept)
     if average:
         average.update()
     return {**totals, "grad_norm": norm}

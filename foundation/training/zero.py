@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from foundation.config import Config
 from foundation.errors import ConfigError
 from foundation.models.initialise import Given, Piece, initialise
-from foundation.training.average import Average
+from foundation.training.average import Average, followed, trained
 from foundation.training.blocks import on_meta, poison, prepare, with_features
 from foundation.training.data import micro_batch
 from foundation.training.engine import Group
-from foundation.training.optim import MOMENTS, build_optimizer, rules
+from foundation.training.optim import MOMENTS, build_optimizer, rules, schedule
 
 
 class Zero1(Group):
@@ -51,6 +51,12 @@ class Zero1(Group):
 
         options = self.options()
         plain = on_meta(build)
+        if self.config.train.precision == "bf16" and any(not p.requires_grad for p in plain.parameters()):
+            raise ConfigError(
+                f"{self.name} in bf16 would keep the teacher in bf16 alone, too coarse for its small changes",
+                where="train.engine",
+                do="use train.engine=fsdp2, hsdp or ddp, or train.precision=fp32",
+            )
         groups = rules(plain, self.config.optim.weight_decay)  # here, since stage 3 hides the shapes
         if self.stage == 3:
             with deepspeed.zero.Init(config_dict_or_path=options):
@@ -113,16 +119,30 @@ class Zero1(Group):
         """The loss is divided by the number of micro-batches already."""
         model.backward(loss, scale_wrt_gas=False)
 
-    def update(self, model: Any, optimizer: torch.optim.Optimizer, lr: float) -> Tensor:
+    def update(
+        self, model: Any, optimizer: torch.optim.Optimizer, lr: float, weight_decay: float | None = None
+    ) -> Tensor:
         """Clip and step in one; DeepSpeed waits for the norm."""
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        schedule(optimizer, lr, weight_decay)
         model.step()
         return torch.as_tensor(model.get_global_grad_norm(), dtype=torch.float32).to(self.device)
 
     def weights(self, model: Any, optimizer: Any) -> dict[str, Tensor]:
         """This process's part of the fp32 weights, which DeepSpeed strings together group by group."""
         return {str(index): flat for index, flat in enumerate(self._flats(optimizer))}
+
+    def followed(self, model: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Whole parameters, or under stage 3 this process's parts of the flattened ones."""
+        held = "data" if self.stage < 3 else "ds_tensor"
+        teacher, encoder = ([getattr(parameter, held) for parameter in part] for part in followed(model.module))
+        return teacher, encoder
+
+    @torch.no_grad()
+    def follow(self, model: Any, kept: float) -> None:
+        """Small parameters that stage 3 keeps whole are gathered again from their parts."""
+        super().follow(model, kept)
+        if self.stage == 3:
+            _gather_again([p for p in model.module.teacher.parameters() if p.ds_persist])
 
     def tensors(self, model: Any, optimizer: Any, average: Average | None = None) -> dict[str, Tensor]:
         """Copies in fp32, gathered one tensor at a time and spread again by rows: the layout of all other engines."""
@@ -131,12 +151,15 @@ class Zero1(Group):
         self._allocate(optimizer)
         found = {}
         for name, parameter in model.module.named_parameters():
+            if not parameter.requires_grad:
+                found[f"model.{name}"] = self._rows(self._frozen(parameter))
+                continue
             found[f"model.{name}"] = self._rows(safe_get_full_fp32_param(parameter))
             for moment in MOMENTS:
                 found[f"{moment}.{name}"] = self._rows(safe_get_full_optimizer_state(parameter, moment))
         if average:
             average.exchange()  # DeepSpeed alone knows where in its strings a parameter lies
-            for name, parameter in model.module.named_parameters():
+            for name, parameter in trained(model.module).items():
                 found[f"ema.{name}"] = self._rows(safe_get_full_fp32_param(parameter))
             average.exchange()
         return found
@@ -149,7 +172,10 @@ class Zero1(Group):
         self, model: Any, optimizer: Any, average: Average | None, filled: dict[str, Tensor], steps: int
     ) -> None:
         """Hand the values to DeepSpeed, one whole tensor at a time, and let it bring its working copies up to date."""
-        named = list(model.module.named_parameters())
+        named = list(trained(model.module).items())
+        for name, parameter in model.module.named_parameters():
+            if not parameter.requires_grad:
+                self._give_frozen(parameter, self._whole(filled[f"model.{name}"]))
         if average:
             for name, parameter in named:
                 self._give(parameter, "model", self._whole(filled[f"ema.{name}"]))
@@ -161,9 +187,8 @@ class Zero1(Group):
             state["step"].fill_(steps)
         if self.stage < 3:
             optimizer.update_lp_params()
-        elif persistent := optimizer.persistent_parameters:  # small ones, which stay whole
-            persistent[0].partition(persistent)
-            persistent[0].all_gather(persistent)
+        else:
+            _gather_again(optimizer.persistent_parameters)
 
     def _flats(self, optimizer: Any) -> list[Tensor]:
         return optimizer.fp32_partitioned_groups_flat if self.stage == 3 else optimizer.single_partition_of_fp32_groups
@@ -205,6 +230,20 @@ class Zero1(Group):
         else:
             tools.safe_set_local_optimizer_state(parameter, local, kind)
 
+    def _frozen(self, parameter: Any) -> Tensor:
+        """A parameter that is not trained, whole, of which DeepSpeed's optimiser knows nothing."""
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], enabled=self.stage == 3):
+            return parameter.detach().float().clone()
+
+    def _give_frozen(self, parameter: Any, whole: Tensor) -> None:
+        if self.stage < 3:
+            parameter.data.copy_(whole)
+            return
+        part = self.local_piece(parameter)
+        part.values.copy_(whole.flatten()[part.first :][: len(part.values)])
+
     def _whole(self, rows: Tensor) -> Tensor:
         assert isinstance(rows, DTensor)
         return rows.full_tensor().to(self.device)
@@ -216,6 +255,13 @@ class Zero1(Group):
         piece = parameter.ds_tensor
         first = self.rank * piece.numel()
         return Piece(piece[: max(0, min(piece.numel(), parameter.ds_numel - first))], first, parameter.ds_shape)
+
+
+def _gather_again(persistent: list[Any]) -> None:
+    """Bring parameters that stage 3 keeps whole up to date with their parts."""
+    if persistent:
+        persistent[0].partition(persistent)
+        persistent[0].all_gather(persistent)
 
 
 def _in_bf16(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:

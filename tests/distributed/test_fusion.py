@@ -1,4 +1,4 @@
-"""What an objective changes of the model is trained by every engine as by one process: fusion, frame, head."""
+"""What an objective changes of the model is trained by every engine as by one process: fusion, frame, head, teacher."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ OBJECTIVES = {
     "pgga": ("objective.name=pgga",),
     "mae": ("objective.name=mae", "model.positions=sincos"),
     "lomar": ("objective.name=lomar", "model.decoder.depth=0"),
+    "i-jepa": (
+        *("objective.name=i-jepa", "model.positions=sincos", "model.registers=2", "objective.momentum=[0.9,1.0]"),
+        *("optim.reference_batch=8", "optim.lr=2e-3", "optim.final_weight_decay=0.4", "optim.ema_half_life=40"),
+    ),
 }
 LEARNT = [
     *(("fusion", "ddp"), ("fusion", "fsdp2"), ("fusion", "zero3"), ("pgga", "ddp")),
     *(("mae", "fsdp2"), ("mae", "zero3"), ("lomar", "fsdp2")),
+    *(("i-jepa", engine) for engine in ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")),
 ]
 HALF = "fsdp2"  # the engine that gathers the parameters themselves in bf16
 SHORT = ("train.samples=32", "train.checkpoint_every=32")
@@ -62,6 +67,13 @@ def test_every_engine_learns_what_one_process_learns(runs: Path, name: str, engi
         assert [ours[key] for key in logged] == pytest.approx([theirs[key] for key in logged], abs=1e-6, rel=1e-6)
     ours, theirs = (checkpoint.load(runs / f"{name}-{each}")["tensors"] for each in (engine, "single"))
     assert ours.keys() == theirs.keys()
+    if name == "i-jepa":
+        teacher = [key for key in theirs if ".teacher." in key]
+        assert {key.partition(".")[0] for key in teacher} == {"model"}  # no moments, no average
+        for key in teacher:
+            assert torch.allclose(ours[key], theirs[key], atol=1e-5), key
+            apart = (theirs[key] - theirs[key.replace("teacher", "encoder")]).abs().max()
+            assert 0 < apart < 0.05, key  # it follows
     if name == "fusion":
         assert torch.allclose(ours["model.fusion"], theirs["model.fusion"], atol=1e-5)
         assert theirs["model.fusion"].abs().min() > 1e-4

@@ -28,8 +28,10 @@ from shards.catalog import load as open_catalog
 FILES = Path(__file__).parents[2] / "configs" / "objectives"
 BRIEF = settings(max_examples=20, deadline=None)
 V2 = {"name": "saratr-x-v2-target", "radii": (3, 5), "offset": 1e-6, "centre": "exclude"}
+LATENT = "i-jepa"
+"""The row whose target is not a map: tests/unit/test_latent.py."""
 FORMS: dict[str, dict[str, Any]] = {
-    **{name: {"name": name} for name in OBJECTIVES},
+    **{name: {"name": name} for name in OBJECTIVES if name != LATENT},
     "normalised": {"name": "lomar-sar", "normalise_pixels": True},
     "fg-mae's hog": {"name": "hog", "gaussian_window": 16},
     "small cells": {"name": "hog", "cell": 4, "bins": 5},
@@ -38,7 +40,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 FIXED = ("mae", "fg-mae")
 """Rows of MAE's frame: fixed positions, an encoder of visible patches."""
-OWN_RECIPE = {"lomar", *FIXED}
+OWN_RECIPE = {"lomar", LATENT, *FIXED}
 """Rows whose head, batch and schedule are those of their own paper."""
 EACH = pytest.mark.parametrize("form", FORMS.values(), ids=list(FORMS))
 
@@ -88,7 +90,8 @@ def test_the_compared_files_differ_in_nothing_but_their_objective_or_name_a_reci
         changed = {key for key in first if first[key] != other[key] and not key.startswith("objective.")} - {"name"}
         assert bool(changed) == (path.stem in OWN_RECIPE), path.stem
         assert all(
-            key.startswith(("model.decoder.", "model.positions", "optim.", "train.", "data.lanes")) for key in changed
+            key.startswith(("model.decoder.", "model.positions", "model.input_gain", "optim.", "train.", "data.lanes"))
+            for key in changed
         ), path.stem
 
 
@@ -99,13 +102,15 @@ def test_the_compared_files_differ_in_nothing_but_their_objective_or_name_a_reci
         ("lomar", 4096, 1.5e-4, 40, 400),
         ("fg-mae", 256, 1.5e-4, 10, 100),
         ("sar-jepa", 300, 1e-3, 20, 300),
+        ("i-jepa", 2048, 1e-3, 40, 300),
     ],
 )
 def test_recipes_are_the_published_ones_in_samples_of_94776_images(
     name: str, batch: int, lr: float, warmup: int, epochs: int
 ) -> None:
     run = load(FILES / f"{name}.yaml")
-    assert (run.train.global_batch, run.optim.lr, run.optim.reference_batch) == (batch, lr, 256)
+    reference = batch if name == LATENT else 256
+    assert (run.train.global_batch, run.optim.lr, run.optim.reference_batch) == (batch, lr, reference)
     assert (run.optim.warmup_samples, run.train.samples) == (94_776 * warmup, 94_776 * epochs)
 
 
@@ -114,6 +119,7 @@ def test_recipes_are_the_published_ones_in_samples_of_94776_images(
     [
         ("mae", (1, 147), 256),
         ("fg-mae", (1, 138), 36),
+        ("i-jepa", (1, 32), 768),
         ("lomar", (4, 39), 256),
         ("lomar-sar", (4, 39), 256),
         ("low-pass", (4, 39), 256),

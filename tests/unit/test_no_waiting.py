@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from foundation.config import from_dict
+from foundation.objectives.latent import JointEmbeddingPrediction
 from foundation.objectives.registry import OBJECTIVES, build
 from foundation.training.engine import Engine
 from foundation.training.optim import build_optimizer, rules
@@ -106,6 +107,7 @@ def test_values_travel_to_a_gpu_from_pinned_memory() -> None:
         ("sar-jepa", {"attention": "triton"}),
         ("lomar", {"attention": "triton", "decoder": {"depth": 0}}),
         ("mae", {"attention": "sdpa", "positions": "sincos"}),
+        ("i-jepa", {"attention": "sdpa", "positions": "sincos"}),
     ],
 )
 def test_nothing_waits_from_the_batch_to_the_update(name: str, model: dict[str, Any]) -> None:
@@ -118,11 +120,13 @@ def test_nothing_waits_from_the_batch_to_the_update(name: str, model: dict[str, 
         }
     )
     pixels = [(100, 90), (100, 90), (128, 128), (300, 200)]
+    objective = build(config)
+    if isinstance(objective, JointEmbeddingPrediction):
+        objective.blocks(0)  # the host draws sizes on its own; nothing on it is real here
     with FakeTensorMode(allow_non_fake_inputs=True), Waits() as waits:
         numbers = on_gpu(4, dtype=torch.int64)
         batch = Batch([on_gpu(1, *shape, dtype=torch.uint8) for shape in pixels], on_gpu(4), on_gpu(4), *(numbers,) * 3)
         images = Augment(128)(batch, seed=0)
-        objective = build(config)
         with torch.device("cuda"):
             built = objective.build_model()
         inputs = objective.prepare(images, batch.position)
@@ -130,12 +134,15 @@ def test_nothing_waits_from_the_batch_to_the_update(name: str, model: dict[str, 
         assert {t.device.type for t in (loss, *parts.values())} == {"cuda"}
         # Backward passes need a device; what they leave does not.
         for parameter in built.parameters():
-            parameter.grad = torch.empty_like(parameter)
+            if parameter.requires_grad:
+                parameter.grad = torch.empty_like(parameter)
         optimizer = build_optimizer(built, rules(built, 0.05), config.optim)
         engine = Engine(config)
         engine.device = torch.device("cuda")
         norm = engine.update(built, optimizer, 1e-3)
         assert norm.device.type == "cuda"
+        if (kept := objective.momentum(0)) is not None:
+            engine.follow(built, kept)
     assert waits.found == []
 
 
@@ -143,7 +150,7 @@ def test_nothing_waits_from_the_batch_to_the_update(name: str, model: dict[str, 
 @pytest.mark.parametrize(
     "objective",
     [
-        *({"name": name} for name in OBJECTIVES),
+        *({"name": name} for name in OBJECTIVES if name != "i-jepa"),  # its target is the model's, as seen above
         {"name": "hog", "gaussian_window": 16},
         {"name": "lomar-sar", "normalise_pixels": True},
         {"name": "saratr-x-v2-target", "fusion": "equal"},

@@ -97,3 +97,22 @@ def veil(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     colour[mask > 0.5] = MASKED
     colour[~(mask >= 0)] = WINDOW_OUT
     return colour.repeat(shape[0] // mask.shape[0], 0).repeat(shape[1] // mask.shape[1], 1)
+
+
+def block_panels(images: Tensor, context: Tensor, targets: Tensor, patch: int, path: Path) -> Path:
+    """Each image, its context, and each of its target blocks in red, the rest pale → PNG.
+
+    images [n, 1, S, S]; raster ids of patches int64: context [n, c], targets [n, T, m].
+    """
+    pixels, side = images[:, 0].float().cpu().numpy(), images.shape[-1] // patch
+    rows, columns = len(pixels), 2 + targets.shape[1]
+    figure, axes = grid(rows, columns, 1.9 * columns, 1.9 * rows + 0.3)
+    for row in range(rows):
+        sar(axes[row, 0], pixels[row], "" if row else "image")
+        shown = [("context", context[row], 0.0), *((f"target {n + 1}", t, 1.0) for n, t in enumerate(targets[row]))]
+        for column, (title, ids, state) in enumerate(shown, start=1):
+            mask = np.full(images.shape[-2] // patch * side, np.nan)
+            mask[ids.cpu().numpy()] = state
+            sar(axes[row, column], pixels[row], "" if row else title)
+            axes[row, column].imshow(veil(mask.reshape(-1, side), pixels[row].shape), interpolation="nearest")
+    return save(figure, path)
