@@ -83,8 +83,8 @@ def prepare(model: nn.Module, train: TrainConfig) -> nn.Module:
 def with_features(model: nn.Module) -> nn.Module:
     """Let `model(images, features=True)` give pooled features [B, dim], any other call predictions.
 
-    Features are those of the encoder that is judged: `encoder`, or what the model names as `judged`. By the model's own call, since engines gather pieces of it around that call and around no other. Only `forward` is
-    replaced, as by `prepare`.
+    Features are those of `encoder`, or of the part that the model names as `judged`. By the model's own call, since
+    engines gather pieces of it around that call and around no other. Only `forward` is replaced, as by `prepare`.
     """
     predict, judged = model.forward, getattr(model, "judged", "encoder")
 
