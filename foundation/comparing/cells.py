@@ -65,11 +65,19 @@ def run_cell(comparison: Comparison, number: int, device: str | None = None) -> 
     how = comparison.spec.evaluate
     data = how.data or cell.config.data.catalog[0]
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for protocol in how.protocols:
-        settings: dict[str, Any] = {}
-        if protocol == "fewshot":
-            settings = {"mode": how.mode, "shots": how.shots, "seeds": range(how.draws)}
-        evaluate_run(run, data, protocol, crop=how.crop, device=where, **settings)
+    evaluate_run(
+        run,
+        data,
+        ",".join(how.protocols),
+        mode=how.mode,
+        recipe=how.recipe,
+        shots=how.shots,
+        seeds=range(how.draws),
+        crop=how.crop,
+        device=where,
+        controls=number == 0,  # the same in every cell
+        report=False,  # the training has drawn one
+    )
     write_whole(run / MARK, json.dumps(judged(comparison, cell), indent=1))
     return run
 

@@ -44,6 +44,7 @@ class EvaluateSpec(Section):
         default=("knn", "linear", "fewshot"), min_length=1, description="protocols of `foundation evaluate`"
     )
     mode: Literal["linear", "finetune"] = Field(default="linear", description="what the few-shot protocol trains")
+    recipe: Literal["published", "improved"] = Field(default="published", description="how it trains it")
     shots: tuple[Annotated[int, Field(ge=1)], ...] = Field(default=(10, 20, 40), description="images per class")
     draws: int = Field(default=5, ge=1, description="draws of shots")
     crop: int | None = Field(default=None, ge=1, description="centre crop before resizing, pixels; null: none")

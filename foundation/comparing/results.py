@@ -12,8 +12,8 @@ from foundation.comparing.cells import finished
 from foundation.comparing.plan import Cell, Comparison
 from foundation.config import config_hash
 from foundation.evaluation.panels import read_metrics, read_scores
+from foundation.evaluation.protocols import RANDOM
 from foundation.evaluation.scores import Score, t_interval
-from foundation.evaluation.suite import RANDOM
 
 PRETRAINED = "pretrained"
 METRIC = "accuracy"

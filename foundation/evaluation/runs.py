@@ -44,6 +44,8 @@ def evaluate_run(
     crop: int | None = None,
     device: str = "cpu",
     averaged: bool = False,
+    controls: bool = True,
+    report: bool = True,
     progress: Report | None = None,
 ) -> list[Score]:
     """Evaluate the encoder at `path` (run folder or checkpoint) on the catalog `data`, train split against test split.
@@ -51,7 +53,8 @@ def evaluate_run(
     `split` names a split file that says which images of the catalogs these are; `averaged` takes the running average of
     the weights. Every score records its weights (samples seen), data, split and whether the encoder was pretrained on
     test images. The scores join those in the run's `scores.json` and `.md`, replacing the same measurement, the answers
-    those in `predictions`, and the run's report and MLflow run are brought up to date. Returns all scores of the run.
+    those in `predictions`, and the run's report (if `report`) and MLflow run are brought up to date. Without `controls`
+    only the untrained encoder stands beside. Returns all scores of the run.
     """
     refuse_foreign(path)
     encoder, config = load_encoder(path, device, averaged)
@@ -65,6 +68,7 @@ def evaluate_run(
         task,
         protocol,
         Options(mode, recipe, shots, seeds, epochs),
+        controls=controls,
     )
     origin = {
         "weights": f"{state['position']:,} samples" + ", averaged" * averaged,
@@ -81,7 +85,8 @@ def evaluate_run(
     facts = (origin["weights"], origin["data"], f"train {chosen.train_data[:8]}", f"crop {crop}")
     text = ", ".join(map(str, (*facts, f"{config.data.image_size} px")))
     files = predictions.write(run, [replace(each.predictions, measurement=text) for each in found])
-    scores, pages = keep(run, new, pictures or chosen.tested, chosen.tested)
+    scores, pages = keep(run, new)
+    pages += [write_run_report(run, pictures or chosen.tested, chosen.tested), *figures(run)] if report else []
     if state.get("run_id") and config.tracking.mlflow:
         where = config.model_copy(update={"run_root": str(run.parent)})
         publish(where, state["run_id"], int(state["position"]), new, [*pages, split_file], files)
@@ -106,12 +111,11 @@ def named(place: str | Path, fingerprint: str) -> str:
     return f"{os.path.basename(os.path.abspath(place))} {fingerprint[:8]}"
 
 
-def keep(run: Path, new: Sequence[Score], pictures: Catalog, labelled: Catalog) -> tuple[list[Score], list[Path]]:
-    """Put scores among those of a run in place of the same measurements, and draw its report; all scores, the files."""
+def keep(run: Path, new: Sequence[Score]) -> tuple[list[Score], list[Path]]:
+    """Put scores among those of a run in place of the same measurements: all scores, and the files they are in."""
     known = {measurement(score) for score in new}
     scores = [*(s for s in read_scores(run) if measurement(s) not in known), *new]
-    files = [write_whole(run / SCORES, to_json(scores)), write_whole(run / "scores.md", to_markdown(scores))]
-    return scores, [*files, write_run_report(run, pictures, labelled), *figures(run)]
+    return scores, [write_whole(run / SCORES, to_json(scores)), write_whole(run / "scores.md", to_markdown(scores))]
 
 
 def training_data(config: Config) -> Catalog | None:

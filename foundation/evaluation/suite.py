@@ -107,17 +107,24 @@ def evaluate_task(
 
 
 def measure(
-    encoder_by_name: Mapping[str, ViT], task: Task, protocol: str, options: Options | None = None
+    encoder_by_name: Mapping[str, ViT],
+    task: Task,
+    protocol: str,
+    options: Options | None = None,
+    *,
+    controls: bool = True,
 ) -> list[Measured]:
     """Answers and scores, protocol by protocol; the features of an encoder are computed once for all of them.
 
-    The accuracy of every other encoder is tested against that of `random-init` on the same images and seeds.
+    `protocol` is one, several with commas between, or «all». The accuracy of every other encoder is tested against that
+    of `random-init` on the same images and seeds. Without `controls` background and pixels, which are the same for all
+    encoders, are left to another call.
     """
     options = options or Options()
-    _check(encoder_by_name, task, protocol, options)
-    protocols = ALL if protocol == "all" else (protocol,)
+    protocols = ALL if protocol == "all" else tuple(protocol.split(","))
+    _check(encoder_by_name, task, protocols, options)
     found: list[tuple[str, Answer, bool]] = []
-    for name, encoder in [*encoder_by_name.items(), (BACKGROUND, None), (PIXELS, None)]:
+    for name, encoder in [*encoder_by_name.items(), *([(BACKGROUND, None), (PIXELS, None)] if controls else [])]:
         subject = Subject(name, encoder, task, keep_tokens="attentive" in protocols)
         for one in protocols:
             if task.report is not None:
@@ -150,10 +157,10 @@ def _predictions(name: str, answer: Answer, task: Task) -> Predictions:
     return Predictions(name, answer.protocol, "", test.classes, test.hashes, answer.seeds, test.y, answer.probabilities)
 
 
-def _check(encoders: Mapping[str, ViT], task: Task, protocol: str, options: Options) -> None:
+def _check(encoders: Mapping[str, ViT], task: Task, protocols: Sequence[str], options: Options) -> None:
     """Refuse wrong words, fewer than two classes and shared images before anything is computed."""
     known = (*PROTOCOLS, "all")
-    problems = [] if protocol in known else [f"protocol «{protocol}» is none of {', '.join(known)}"]
+    problems = [f"protocol «{one}» is none of {', '.join(known)}" for one in protocols if one not in PROTOCOLS]
     if options.mode not in fewshot.MODES:
         problems.append(f"mode «{options.mode}» is neither linear nor finetune")
     if options.recipe not in fewshot.RECIPES:
