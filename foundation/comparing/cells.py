@@ -8,6 +8,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -111,7 +112,7 @@ def run_all(
     for slot in range(jobs):
         slots.put(slot)
     found: list[Outcome] = []
-    with _children() as start, ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool, _children() as start:  # in this order: no cell begins after an interruption
 
         def one(number: int) -> Outcome:
             slot = slots.get()
@@ -146,9 +147,15 @@ def _spawn(
 
 @contextmanager
 def _children() -> Iterator[Callable[..., subprocess.Popen[bytes] | None]]:
-    """A function that starts processes; when the block is left by an exception they are asked to stop, and awaited."""
+    """A function that starts processes; when the block is left by an exception or SIGTERM they are asked to stop."""
     running: list[subprocess.Popen[bytes]] = []
     stopping = False
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    mine = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if mine else None
 
     def start(command: Sequence[str], **how: Any) -> subprocess.Popen[bytes] | None:
         if stopping:
@@ -163,6 +170,9 @@ def _children() -> Iterator[Callable[..., subprocess.Popen[bytes] | None]]:
         for process in running:
             process.send_signal(signal.SIGTERM)
         raise
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _environment(slot: int, jobs: int) -> dict[str, str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -154,6 +156,38 @@ def test_a_cell_that_fails_does_not_stop_the_others_and_shows_its_last_lines(
     assert not broken.finished
     assert "this cell breaks" in broken.lines
     assert "line of the log" in (found.cells[3].config.run_folder / LOG).read_text()
+
+
+SLEEPS = """
+import os, pathlib, signal, sys, time
+root, cell = pathlib.Path(sys.argv[1]), int(sys.argv[-1])
+def stopped(*_):
+    (root / f"stopped-{cell}").touch()
+    sys.exit(85)
+signal.signal(signal.SIGTERM, stopped)
+(root / f"began-{cell}").touch()
+while cell != 0 or not (root / "began-1").exists():
+    time.sleep(0.02)
+"""
+
+
+def test_an_interruption_asks_running_cells_to_save_and_begins_no_other(
+    compared: Callable[..., Path], tmp_path: Path
+) -> None:
+    script = tmp_path / "sleeps.py"
+    script.write_text(SLEEPS)
+
+    def interrupted(outcome: Outcome) -> None:
+        assert outcome.number == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_all(load(compared()), [sys.executable, str(script), str(tmp_path)], 2, interrupted)
+    began, stopped = ({int(p.name[-1]) for p in tmp_path.glob(f"{word}-?")} for word in ("began", "stopped"))
+    assert {0, 1} <= began
+    assert stopped == began - {0}
+    assert 3 not in began
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_the_command_of_a_cell_carries_file_overrides_and_device() -> None:

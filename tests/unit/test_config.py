@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from foundation.comparing import plan
 from foundation.config import (
     Config,
     config_hash,
@@ -39,7 +40,16 @@ def written(folder: Path, text: str, name: str = "run.yaml") -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+COMPARISONS = [path for path in sorted(CONFIGS.glob("compare/*.yaml")) if "\nrows:" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_every_delivered_comparison_shares_one_budget(path: Path) -> None:
+    found = plan.load(path)
+    assert len(found.cells) == len(found.spec.rows) * len(found.spec.seeds) >= 6
+
+
+@pytest.mark.parametrize("path", sorted({*CONFIGS.rglob("*.yaml")} - {*COMPARISONS}), ids=lambda path: path.stem)
 def test_every_delivered_file_is_valid_and_survives_a_round_trip(path: Path, tmp_path: Path) -> None:
     config = load(path)
     assert load(written(tmp_path, resolved_yaml(config))) == config == from_dict(to_dict(config))

@@ -325,7 +325,7 @@ def test_the_report_shows_blocks_and_says_nothing_of_reconstructions(catalog: Pa
     model = build(run).build_model()
     initialise(model, 0)
     panels = model_panels(run, model.state_dict(), opened, tmp_path, count=2)
-    assert [caption.partition(" (")[0] for caption in panels] == ["Context and target blocks", "Attention distance"]
+    assert [caption.partition(" (")[0] for caption in panels] == ["Context and target blocks"]
     assert all(Path(str(panel)).stat().st_size > 1000 for panel in panels.values())
 
 

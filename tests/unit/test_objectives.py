@@ -218,5 +218,5 @@ def test_the_default_objective_is_registered_with_a_description() -> None:
 def test_an_unknown_objective_is_answered_with_the_nearest_name() -> None:
     with pytest.raises(ConfigError) as caught:
         config({"name": "sarjepa"})
-    assert "objective.name = 'sarjepa': one of mae, lomar, fg-mae, lomar-sar, " in str(caught.value)
+    assert "objective.name = 'sarjepa': one of mae, lomar, i-jepa, fg-mae, " in str(caught.value)
     assert "(did you mean sar-jepa?)" in str(caught.value)

@@ -13,7 +13,7 @@ from foundation.config import Config, from_dict
 from foundation.errors import ConfigError
 from foundation.evaluation.attention import attention_distances
 from foundation.evaluation.features import Listing, extract
-from foundation.evaluation.fewshot import Classifier
+from foundation.evaluation.fewshot import RECIPES, Classifier
 from foundation.models.families import attention_backends, flops, parameters, tokens
 from foundation.models.initialise import initialise
 from foundation.models.vit import ViT
@@ -142,5 +142,5 @@ def test_evaluation_takes_the_class_token_or_the_mean_patch(
     features = encoder.forward_features(images)
     assert torch.equal(found.mean, features[:, encoder.prefix :].mean(1))
     assert torch.equal(found.x, features[:, 0] if class_token else found.mean)
-    classifier = Classifier(encoder, 3, 0)
+    classifier = Classifier(encoder, 3, 0, RECIPES["published"]["finetune"])
     assert torch.allclose(classifier(images), classifier.head(found.x))

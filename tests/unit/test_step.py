@@ -49,7 +49,8 @@ class Watched:
     """An objective whose `loss` can be looked at and changed."""
 
     def __init__(self, inner: Any, watch: Callable[[Tensor, Any], None] = lambda *_: None, factor: float = 1.0) -> None:
-        self.prepare, self._inner, self._watch, self._factor = inner.prepare, inner, watch, factor
+        self.prepare, self.momentum = inner.prepare, inner.momentum
+        self._inner, self._watch, self._factor = inner, watch, factor
 
     def loss(self, prediction: Tensor, inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
         self._watch(prediction, inputs)

@@ -229,7 +229,10 @@ def test_values_pixel_by_pixel_become_values_channel_by_channel() -> None:
 @pytest.mark.parametrize(
     ("edit", "reason"),
     [
-        (lambda s: s["pos_embed"].add_(0.01), "pos_embed is not the fixed table of sines and cosines that MAE adds"),
+        (
+            lambda s: s["pos_embed"].add_(0.01),
+            "pos_embed is not the fixed table of sines and cosines that MAE and I-JEPA add",
+        ),
         (lambda s: s.update(decoder_pos_embed=torch.zeros(3)), "decoder_pos_embed is not the fixed table"),
         (lambda s: s.pop("decoder_embed.weight"), "'decoder.embed.weight' is missing"),
         (lambda s: s.pop("mask_token"), "1 missing: mask_token"),
