@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from foundation.comparing.plan import Cell, Comparison
-from foundation.config import config_hash, resolved_yaml
+from foundation.config import config_hash, flatten, load
 from foundation.errors import CheckpointError, ConfigError
 from foundation.files import read_json, write_whole
 
@@ -37,11 +38,11 @@ class Outcome(NamedTuple):
 def finished(comparison: Comparison, cell: Cell) -> bool:
     """Whether the run of this very configuration has been judged as the comparison asks."""
     mark = cell.config.run_folder / MARK
-    return mark.exists() and read_json(mark) == judged(comparison, cell)
+    return mark.exists() and read_json(mark).items() >= judged(comparison, cell).items()
 
 
 def judged(comparison: Comparison, cell: Cell) -> dict[str, Any]:
-    """What the mark of a finished cell says: the run and how it was judged."""
+    """What the mark of a finished cell says, beside its scores: the run and how it was judged."""
     return {"config": config_hash(cell.config), "evaluate": comparison.spec.evaluate.model_dump(mode="json")}
 
 
@@ -58,7 +59,7 @@ def run_cell(comparison: Comparison, number: int, device: str | None = None) -> 
         return cell.config.run_folder
     import torch
 
-    from foundation.evaluation.runs import evaluate_run
+    from foundation.evaluation.runs import judge_run
     from foundation.training.run import train
 
     _refuse_another(cell)
@@ -66,7 +67,7 @@ def run_cell(comparison: Comparison, number: int, device: str | None = None) -> 
     how = comparison.spec.evaluate
     data = how.data or cell.config.data.catalog[0]
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    evaluate_run(
+    scores = judge_run(
         run,
         data,
         ",".join(how.protocols),
@@ -79,21 +80,20 @@ def run_cell(comparison: Comparison, number: int, device: str | None = None) -> 
         controls=number == 0,  # the same in every cell
         report=False,  # the training has drawn one
     )
-    write_whole(run / MARK, json.dumps(judged(comparison, cell), indent=1))
+    mark = judged(comparison, cell) | {"scores": [asdict(score) for score in scores]}
+    write_whole(run / MARK, json.dumps(mark, indent=1))
     return run
 
 
 def _refuse_another(cell: Cell) -> None:
     """A finished run of another configuration in this folder is not this cell. Raises CheckpointError."""
     kept = cell.config.run_folder / "config.yaml"
-    if kept.exists() and kept.read_text(encoding="utf-8") != resolved_yaml(cell.config):
-        from foundation import config as configs
-        from foundation.config import flatten
-
-        then, now = flatten(configs.load(kept)), flatten(cell.config)
-        changed = ", ".join(key for key in now if then[key] != now[key])
+    if not kept.exists():
+        return
+    then, now = flatten(load(kept)), flatten(cell.config)  # keys newer than the run have their defaults
+    if changed := [key for key in now if then[key] != now[key]]:
         raise CheckpointError(
-            f"the folder of this cell holds a run with other values of: {changed}",
+            f"the folder of this cell holds a run with other values of: {', '.join(changed)}",
             where=str(cell.config.run_folder),
             do="move it away, or give the comparison another name",
         )
@@ -160,7 +160,8 @@ def _children() -> Iterator[Callable[..., subprocess.Popen[bytes] | None]]:
     def start(command: Sequence[str], **how: Any) -> subprocess.Popen[bytes] | None:
         if stopping:
             return None
-        running.append(subprocess.Popen(command, **how))
+        # A session of its own: an interruption by hand reaches this process alone, which asks the others to save.
+        running.append(subprocess.Popen(command, start_new_session=True, **how))
         return running[-1]
 
     try:

@@ -31,6 +31,8 @@ def comparison_figure(results: Results, path: Path) -> Path:
         ax.set_title(protocol, fontsize=10)
         ax.set_xlabel("accuracy [%]", fontsize=9)
         ax.margins(x=0.08)
+    if results.warnings:
+        figure.suptitle("\n".join(results.warnings), color="#b3261e", fontsize=9)
     if results.controls:
         figure.legend(loc="outside lower center", ncols=len(results.controls), frameon=False, fontsize=9)
     return save(figure, path)

@@ -147,7 +147,9 @@ def _alike(spec: ComparisonSpec, cells: Sequence[Cell], path: Path) -> tuple[str
     flat = {cell.row: flatten(cell.config) for cell in cells if cell.seed == spec.seeds[0]}
     first = flat[spec.rows[0].name]
     differing = tuple(key for key in first if any(other[key] != first[key] for other in flat.values()))
-    unfair = [key for key in differing if not key.startswith((*FREE, *spec.differs))]
+    if unknown := [key for key in spec.differs if key not in first]:
+        raise ConfigError(f"`differs` names no key: {', '.join(unknown)}", where=str(path), do="name whole keys")
+    unfair = [key for key in differing if not key.startswith(FREE) and key not in spec.differs]
     if unfair:
         shown = "; ".join(f"{key}: {_values(flat, key)}" for key in unfair)
         raise ConfigError(

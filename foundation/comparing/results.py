@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from foundation.comparing.cells import finished
+from foundation.comparing.cells import MARK, finished
 from foundation.comparing.plan import Cell, Comparison
 from foundation.config import config_hash
-from foundation.evaluation.panels import read_metrics, read_scores
+from foundation.evaluation.panels import read_metrics
 from foundation.evaluation.protocols import RANDOM
-from foundation.evaluation.scores import Score, t_interval
+from foundation.evaluation.scores import Score, from_rows, t_interval
+from foundation.files import read_json
+from shards.errors import DataError
 
 PRETRAINED = "pretrained"
 METRIC = "accuracy"
@@ -45,11 +47,15 @@ class Results:
     controls: dict[str, list[Value]]
     health: dict[str, dict[str, float]]
     missing: tuple[str, ...]
+    warnings: tuple[str, ...]
     facts: dict[str, Any]
 
 
 def collect(comparison: Comparison) -> Results:
-    """Read the scores of every finished cell. Rows without any are left out; controls are those of the first row."""
+    """Read the scores of every finished cell. Rows without any are left out; controls are those of the first row.
+
+    Raises DataError when cells were judged on different images: their data has changed on the way.
+    """
     scores = {(c.row, c.seed): _scores(c) for c in comparison.cells if finished(comparison, c)}
     missing = tuple(c.config.name for c in comparison.cells if (c.row, c.seed) not in scores)
     names = [row.name for row in comparison.spec.rows]
@@ -70,11 +76,26 @@ def collect(comparison: Comparison) -> Results:
         for name in dict.fromkeys(s.encoder for found in by_seed.values() for s in found if s.encoder != PRETRAINED)
     }
     health = {name: h for name in rows if (h := _health(comparison.of(name)))}
-    return Results(protocols, rows, controls, health, missing, facts(comparison))
+    every = [s for found in scores.values() for s in found]
+    if len(tests := {(s.settings.get("data"), s.settings.get("train_data")) for s in every}) > 1:
+        told = "; ".join(sorted(f"{data}, train {str(train)[:8]}" for data, train in tests))
+        do = "delete judged.json of the cells with the older ones, and run the comparison again"
+        raise DataError(f"cells were judged on different images: {told}", where=str(comparison.folder), do=do)
+    return Results(protocols, rows, controls, health, missing, warnings(every), facts(comparison))
 
 
 def _scores(cell: Cell) -> list[Score]:
-    return [s for s in read_scores(cell.config.run_folder) if s.metric == METRIC]
+    """The scores of this cell as the comparison asked for them; others of the run are somebody else's."""
+    mark = read_json(cell.config.run_folder / MARK)
+    return [s for s in from_rows(mark["scores"]) if s.metric == METRIC]
+
+
+def warnings(scores: Sequence[Score]) -> tuple[str, ...]:
+    """Why scores may be too good: what the leakage reports say, and groups on both sides of the split."""
+    verdicts = [s.settings.get("leakage") or {} for s in scores]
+    found = [str(v["sentence"]) for v in verdicts if v.get("verdict") in ("leaked", "unknown")]
+    shared = {int(s.settings.get("shared_groups") or 0) for s in scores} - {0}
+    return tuple(dict.fromkeys([*found, *(f"train and test share {n} groups" for n in shared)]))
 
 
 def _values(by_seed: dict[int, list[Score]], encoder: str, protocol: str) -> dict[int, float]:
@@ -95,7 +116,7 @@ def _value(row: str, protocol: str, values: dict[int, float], base: dict[int, fl
         return Value(row, protocol, math.nan, math.nan, math.nan, ())
     mean, low, high = t_interval(list(values.values()))
     paired = [values[seed] - base[seed] for seed in values if seed in base] if base else []
-    difference = t_interval(paired, (-1.0, 1.0)) if len(paired) > 1 else None
+    difference = t_interval(paired, (-1.0, 1.0)) if len(set(paired)) > 1 else None  # equal ones: no spread to go by
     return Value(row, protocol, mean, low, high, tuple(values.values()), difference)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from foundation.comparing.plan import Comparison
 from foundation.comparing.results import Results, Value, rank_correlation
 
+FEWEST = 3  # seeds for a verdict
+
 
 def table(comparison: Comparison, results: Results) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     """Header and rows: one row per objective, then the controls; one column per protocol."""
@@ -30,6 +32,8 @@ def cell(value: Value) -> str:
     if value.difference is None:
         return text
     mean, low, high = value.difference
+    if len(value.values) < FEWEST:
+        return f"{text} ({100 * mean:+.1f})"
     verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
     return f"{text} ({100 * mean:+.1f}, {verdict})"
 
@@ -38,12 +42,15 @@ def caption(comparison: Comparison, results: Results) -> list[str]:
     """What the numbers are, and what they are not."""
     f, spec = results.facts, comparison.spec
     seeds = ", ".join(map(str, f["seeds"]))
+    unlike = [key for key in f["differing"] if not key.startswith(("objective.", "model."))]
     lines = [
+        *(f"WARNING: {warning}." for warning in results.warnings),
         f"Accuracy in %: mean over pretraining seeds {seeds} ± half of the 95 % t-interval; few-shot scores are means "
         f"over {spec.evaluate.draws} draws. In brackets the difference from {spec.rows[0].name}, paired by seed, and "
         "whether its 95 % interval leaves out 0 (no correction for the number of rows).",
-        f"Shared by all rows: {f['encoder']}, {f['samples']:,} samples, {f['global_batch']} per update, data, order, "
-        f"crops, optimiser. Rows differ in {', '.join(f['differing'])}.",
+        f"The first row: {f['encoder']}, {f['samples']:,} samples, {f['global_batch']} per update. Rows differ in "
+        f"{', '.join(f['differing'])}, and in nothing else"
+        + (f"; so not in task alone, but in {', '.join(unlike)} too." if unlike else "."),
     ]
     for protocol in results.protocols:
         if (found := rank_correlation(comparison, results, protocol)) is not None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from foundation.config import Config
 from foundation.errors import CheckpointError, ConfigError, DataError
@@ -28,7 +31,13 @@ from shards.catalog import Catalog
 FOREIGN = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
 
 
-def evaluate_run(
+def evaluate_run(path: Path, data: str, protocol: str, **how: Any) -> list[Score]:
+    """`judge_run`, after which all scores of the run are returned: those that were there, and the new ones."""
+    judge_run(path, data, protocol, **how)
+    return read_scores(run_folder(path))
+
+
+def judge_run(
     path: Path,
     data: str,
     protocol: str,
@@ -48,13 +57,13 @@ def evaluate_run(
     report: bool = True,
     progress: Report | None = None,
 ) -> list[Score]:
-    """Evaluate the encoder at `path` (run folder or checkpoint) on the catalog `data`, train split against test split.
+    """Judge the encoder at `path` (run folder or checkpoint) on the catalog `data`, train split against test split.
 
     `split` names a split file that says which images of the catalogs these are; `averaged` takes the running average of
     the weights. Every score records its weights (samples seen), data, split and whether the encoder was pretrained on
     test images. The scores join those in the run's `scores.json` and `.md`, replacing the same measurement, the answers
     those in `predictions`, and the run's report (if `report`) and MLflow run are brought up to date. Without `controls`
-    only the untrained encoder stands beside. Returns all scores of the run.
+    only the untrained encoder stands beside. Returns the new scores.
     """
     refuse_foreign(path)
     encoder, config = load_encoder(path, device, averaged)
@@ -85,12 +94,13 @@ def evaluate_run(
     facts = (origin["weights"], origin["data"], f"train {chosen.train_data[:8]}", f"crop {crop}")
     text = ", ".join(map(str, (*facts, f"{config.data.image_size} px")))
     files = predictions.write(run, [replace(each.predictions, measurement=text) for each in found])
-    scores, pages = keep(run, new)
-    pages += [write_run_report(run, pictures or chosen.tested, chosen.tested), *figures(run)] if report else []
+    pages = keep(run, new)
+    if report:
+        pages += [write_run_report(run, pictures or chosen.tested, chosen.tested), *figures(run)]
     if state.get("run_id") and config.tracking.mlflow:
         where = config.model_copy(update={"run_root": str(run.parent)})
         publish(where, state["run_id"], int(state["position"]), new, [*pages, split_file], files)
-    return scores
+    return new
 
 
 def refuse_foreign(path: Path) -> None:
@@ -111,11 +121,12 @@ def named(place: str | Path, fingerprint: str) -> str:
     return f"{os.path.basename(os.path.abspath(place))} {fingerprint[:8]}"
 
 
-def keep(run: Path, new: Sequence[Score]) -> tuple[list[Score], list[Path]]:
-    """Put scores among those of a run in place of the same measurements: all scores, and the files they are in."""
+def keep(run: Path, new: Sequence[Score]) -> list[Path]:
+    """Put scores among those of a run in place of the same measurements, one process at a time; the files written."""
     known = {measurement(score) for score in new}
-    scores = [*(s for s in read_scores(run) if measurement(s) not in known), *new]
-    return scores, [write_whole(run / SCORES, to_json(scores)), write_whole(run / "scores.md", to_markdown(scores))]
+    with FileLock(run / ".scores.lock"):
+        scores = [*(s for s in read_scores(run) if measurement(s) not in known), *new]
+        return [write_whole(run / SCORES, to_json(scores)), write_whole(run / "scores.md", to_markdown(scores))]
 
 
 def training_data(config: Config) -> Catalog | None:
@@ -149,7 +160,8 @@ def publish(
     sink = MlflowSink.open(config, run_id, print, running=False)
     if sink is None:
         return
-    names = {f"{s.protocol}/{s.encoder}/{s.metric}": s.mean for s in scores}
+    # One name that MLflow does not take, such as one with a comma, would lose all of them.
+    names = {re.sub(r"[^\w./ -]", "", f"{s.protocol}/{s.encoder}/{s.metric}"): s.mean for s in scores}
     sink.metrics(position, time.time(), names)
     send(sink, files)
     for file in answers:

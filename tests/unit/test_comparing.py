@@ -9,7 +9,9 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,8 @@ from foundation.comparing.plan import Comparison, load
 from foundation.comparing.results import Results, Value, collect, rank_correlation
 from foundation.comparing.table import caption, cell, to_markdown
 from foundation.errors import CheckpointError, ConfigError
-from foundation.evaluation.scores import score, to_json
+from foundation.evaluation.scores import score
+from shards.errors import DataError
 
 ROWS = "[{name: SAR-JEPA, published: 70.3}, {name: Pixels (raw), overrides: [objective.name=lomar-sar]}]"
 
@@ -39,7 +42,7 @@ def compared(tmp_path: Path, tiny_yaml: Path) -> Callable[..., Path]:
     return write
 
 
-def scored(comparison: Comparison, values: dict[str, list[float]]) -> None:
+def scored(comparison: Comparison, values: dict[str, list[float]], **settings: Any) -> None:
     """Write the marks and scores of cells as if they had been run: one value per seed, of 100 test images."""
     import torch
 
@@ -48,14 +51,14 @@ def scored(comparison: Comparison, values: dict[str, list[float]]) -> None:
         value = values[c.row][comparison.spec.seeds.index(c.seed)]
         wrong = torch.arange(100) >= round(100 * value)
         controls = {"random-init": 0.10 + c.seed / 100, "background only": 0.2}
-        scores = [score("pretrained", "knn", "accuracy", y, [wrong.long()], (0,))]
+        scores = [score("pretrained", "knn", "accuracy", y, [wrong.long()], (0,), settings)]
         scores += [
-            score(n, "knn", "accuracy", y, [(torch.arange(100) >= round(100 * v)).long()], (0,))
+            score(n, "knn", "accuracy", y, [(torch.arange(100) >= round(100 * v)).long()], (0,), settings)
             for n, v in controls.items()
         ]
         c.config.run_folder.mkdir(parents=True, exist_ok=True)
-        (c.config.run_folder / "scores.json").write_text(to_json(scores))
-        (c.config.run_folder / MARK).write_text(json.dumps(judged(comparison, c)))
+        mark = judged(comparison, c) | {"scores": [asdict(s) for s in scores]}
+        (c.config.run_folder / MARK).write_text(json.dumps(mark))
 
 
 def test_cells_are_rows_times_seeds_in_folders_of_their_own(compared: Callable[..., Path], tmp_path: Path) -> None:
@@ -86,6 +89,7 @@ def test_cells_are_rows_times_seeds_in_folders_of_their_own(compared: Callable[.
         ("[{name: A b}, {name: a-B}]", "", "twice: a-b"),
         (ROWS, "seed: 3", "seed = 3: no such key; did you mean seeds"),
         (ROWS, "differs: 3", "differs"),
+        (ROWS, "differs: [mod, optim.learning_rate]", "`differs` names no key: mod, optim.learning_rate"),
     ],
 )
 def test_what_is_not_a_fair_comparison_is_refused(
@@ -100,7 +104,11 @@ def test_a_difference_that_is_named_is_allowed_and_told(compared: Callable[..., 
     found = load(compared(rows, "differs: [optim.lr]"))
     assert found.differing == ("objective.mask_ratio", "optim.lr")
     scored(found, {"A": [0.5, 0.6], "B": [0.7, 0.7]})
-    assert "Rows differ in objective.mask_ratio, optim.lr." in to_markdown(found, collect(found))
+    told = to_markdown(found, collect(found))
+    assert (
+        "Rows differ in objective.mask_ratio, optim.lr, and in nothing else; so not in task alone, but in optim.lr"
+        in told
+    )
 
 
 def test_a_cell_is_trained_judged_and_not_done_twice(compared: Callable[..., Path]) -> None:
@@ -217,6 +225,35 @@ def test_values_are_means_over_seeds_and_differences_are_paired(compared: Callab
     assert json.loads(json.dumps(results.facts))["seeds"] == [0, 3]
 
 
+def test_scores_of_other_evaluations_do_not_enter(compared: Callable[..., Path]) -> None:
+    found = load(compared())
+    scored(found, {"SAR-JEPA": [0.50, 0.60], "Pixels (raw)": [0.42, 0.51]})
+    for c in found.cells:  # a later evaluation by hand
+        (c.config.run_folder / "scores.json").write_text("[]")
+    assert collect(found).rows["SAR-JEPA"][0].values == (0.50, 0.60)
+
+
+def test_cells_judged_on_different_images_are_not_put_into_one_table(compared: Callable[..., Path]) -> None:
+    found = load(compared())
+    scored(found, {"SAR-JEPA": [0.50, 0.60], "Pixels (raw)": [0.42, 0.51]}, data="corpora aaaa", train_data="b" * 64)
+    mark = found.cells[0].config.run_folder / MARK
+    mark.write_text(mark.read_text().replace("aaaa", "cccc"))
+    with pytest.raises(DataError, match=r"judged on different images: corpora aaaa, train bbbbbbbb; corpora cccc"):
+        collect(found)
+
+
+def test_a_leak_stands_above_the_numbers(compared: Callable[..., Path], tmp_path: Path) -> None:
+    found = load(compared())
+    leak = {"verdict": "leaked", "sentence": "3 of the test images were learnt"}
+    scored(found, {"SAR-JEPA": [0.50, 0.60], "Pixels (raw)": [0.42, 0.51]}, leakage=leak, shared_groups=2)
+    results = collect(found)
+    assert caption(found, results)[:2] == [
+        "WARNING: 3 of the test images were learnt.",
+        "WARNING: train and test share 2 groups.",
+    ]
+    comparison_figure(results, tmp_path / "figure.png")
+
+
 @pytest.mark.parametrize(
     ("difference", "words"),
     [
@@ -226,7 +263,9 @@ def test_values_are_means_over_seeds_and_differences_are_paired(compared: Callab
     ],
 )
 def test_a_verdict_needs_an_interval_without_zero(difference: tuple[float, float, float], words: str) -> None:
-    assert cell(Value("B", "knn", 0.5, 0.4, 0.6, (0.5, 0.5), difference)) == f"50.0 ± 10.0 {words}"
+    assert cell(Value("B", "knn", 0.5, 0.4, 0.6, (0.5, 0.5, 0.5), difference)) == f"50.0 ± 10.0 {words}"
+    two = cell(Value("B", "knn", 0.5, 0.4, 0.6, (0.5, 0.5), difference))
+    assert two == f"50.0 ± 10.0 {words.partition(',')[0]})"  # two seeds are too few for a verdict
     assert cell(Value("B", "knn", math.nan, math.nan, math.nan, ())) == "-"
 
 
@@ -236,7 +275,7 @@ def test_ranks_are_put_beside_published_ones_where_there_are_four(compared: Call
 
     def results(means: list[float]) -> Results:
         values = {f"R{i}": [Value(f"R{i}", "knn", m, m, m, (m,))] for i, m in enumerate(means)}
-        return Results(("knn",), values, {}, {}, (), collect(found).facts)
+        return Results(("knn",), values, {}, {}, (), (), collect(found).facts)
 
     assert rank_correlation(found, results([0.4, 0.3, 0.2, 0.1]), "knn") == (1.0, 4)
     assert rank_correlation(found, results([0.4, 0.3, 0.2]), "knn") is None
