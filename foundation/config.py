@@ -6,19 +6,19 @@ whatever counts time (warm-up, logging, checkpoints, the end) counts images seen
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
-from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from foundation.config_conflicts import conflicts
+from foundation.config_records import MonitorConfig, TrackingConfig
+from foundation.config_section import Positive, Section, Unit, one_of
 from foundation.config_text import (
     Problem,
     allowed,
@@ -29,28 +29,12 @@ from foundation.config_text import (
     without_errors,
 )
 
-Unit = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
+__all__ = (
+    *("AmplitudeConfig", "DataConfig", "DecoderConfig", "ModelConfig", "ObjectiveConfig", "OptimConfig", "TrainConfig"),
+    *("MonitorConfig", "TrackingConfig", "Config", "Section", "Positive", "Unit", "Row", "model_sizes", "one_of"),
+    *("from_dict", "load", "to_dict", "flatten", "resolved_yaml", "config_hash", "describe"),
+)
 WRITTEN = ("s3", "gs", "gcs", "file", "memory")  # kinds of URL that take files
-
-
-class Section(BaseModel):
-    """Base of all sections: strict types, no unknown keys, no changes after construction."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _from_yaml(cls, value: object, info: ValidationInfo) -> object:
-        """What YAML writes differently: lists for tuples, 1e6 for a whole number, an empty section."""
-        kind = cls.model_fields[info.field_name or ""].annotation
-        if isinstance(value, list):
-            return tuple(value)
-        if isinstance(value, float) and value.is_integer() and kind in (int, int | None):
-            return int(value)
-        if value is None and isinstance(kind, type) and issubclass(kind, Section):
-            return {}
-        return value
 
 
 class AmplitudeConfig(Section):
@@ -119,14 +103,6 @@ class DecoderConfig(Section):
     width: int = Field(default=512, ge=1, description="features per token")
     depth: int = Field(default=8, ge=0, description="blocks; 0: one linear layer instead of a decoder")
     heads: int = Field(default=16, ge=1, description="attention heads; must divide the width")
-
-
-def one_of(value: str, known: Sequence[str]) -> str:
-    """The value itself; raises ValueError with the known ones, and the nearest, when it is none of them."""
-    if value in known:
-        return value
-    near = difflib.get_close_matches(value, known, n=1)
-    raise ValueError(f"one of {', '.join(known)}" + (f" (did you mean {near[0]}?)" if near else ""))
 
 
 def model_sizes() -> tuple[str, ...]:
@@ -314,58 +290,6 @@ class TrainConfig(Section):
             raise ValueError(f"a folder or a URL of {', '.join(WRITTEN)}")
         if mark and ("@" in rest or "?" in rest):
             raise ValueError("a URL without user name or query; credentials come from the environment")
-        return value
-
-
-class MonitorConfig(Section):
-    """What is looked at beside the loss: whether features collapse, and what labelled images say of them."""
-
-    every: int | None = Field(
-        default=None, ge=1, description="samples between two looks at the features; null: at every checkpoint"
-    )
-    images: int = Field(default=256, ge=0, description="images that are looked at, always the same; 0: none")
-    catalog: str | None = Field(
-        default=None,
-        min_length=1,
-        description="catalog (folder or URL) of those images; null: the first ones of the run",
-    )
-    on_collapse: Literal["warn", "stop"] = Field(default="warn", description="one line, or the end of the run")
-    min_feature_std: float = Field(
-        default=0.005, ge=0, description="collapsed below: deviation of features over images, 1 on a sphere, 0 equal"
-    )
-    min_rankme: float = Field(default=1.05, ge=0, description="collapsed below: effective rank of the features")
-    min_target_variance: float = Field(
-        default=1e-8, ge=0, description="collapsed below: variance of the target over images and positions"
-    )
-    probe: str | None = Field(
-        default=None,
-        min_length=1,
-        description="catalog whose labelled train split is to judge the features while they are learnt; null: none",
-    )
-    probe_every: int | None = Field(
-        default=None,
-        ge=1,
-        description="samples between two probes; null: at every checkpoint, so that the best is kept",
-    )
-    probe_images: int = Field(
-        default=1000, ge=2, description="labelled images to learn from, and as many others to be judged by"
-    )
-    probe_linear: bool = Field(default=False, description="a logistic regression beside the nearest neighbours")
-
-
-class TrackingConfig(Section):
-    """Where the numbers of a run go, beside metrics.jsonl."""
-
-    mlflow: bool = Field(default=True, description="record the run in MLflow")
-    uri: str | None = Field(default=None, description="MLflow server or store; null: a sqlite file in the run root")
-    experiment: str = Field(default="foundation", min_length=1, description="MLflow experiment")
-
-    @field_validator("uri")
-    @classmethod
-    def _no_password(cls, value: str | None) -> str | None:
-        """The configuration is saved, reported and passed around; a password in it would be too."""
-        if value and urlsplit(value).username:
-            raise ValueError("an address without user name; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
         return value
 
 

@@ -1,8 +1,8 @@
 """Where an encoder's weights come from at the start of a run (`model.init`), by names of tensors.
 
-A run or checkpoint of this trainer; a published file (SAR-JEPA, LoMaR, MAE, I-JEPA); a state dict of a timm ViT in a
-file; or `timm:NAME`. Tensors stay where they are until a process writes its part of a parameter: files are mapped,
-checkpoints read one tensor at a time.
+A run or checkpoint of this trainer, of which the part that is judged is taken; a published file (SAR-JEPA, LoMaR, MAE,
+I-JEPA); a state dict of a timm ViT in a file; or `timm:NAME`. Tensors stay where they are until a process writes its
+part of a parameter: files are mapped, checkpoints read one tensor at a time.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foundation.config import Config, ModelConfig
+from foundation.config import Config, from_dict
 from foundation.errors import CheckpointError
 from foundation.interchange.published import read_file, rename
 from foundation.models.families import FAMILY
 from foundation.models.initialise import Given
 from foundation.models.position import resized, sincos
 from foundation.objectives.reconstruction import build_encoder
+from foundation.objectives.registry import build
 from foundation.training import checkpoint
 from foundation.training.ranks import ALONE, Ranks
 
@@ -58,7 +59,7 @@ def initial_weights(config: Config, ranks: Ranks = ALONE) -> Initial:
     found = encoder_names(read(where, ranks), where)
     with torch.device("meta"):
         expected = checkpoint.shapes(dict(build_encoder(config).named_parameters()))
-    refuse_others(found, config.model, where)
+    refuse_others(found, config, where)
     weights, changes = fit(found, config, where)
     wrong = [
         f"{n} {list(weights[n].shape)}, not {list(expected[n])}" for n in expected if _differs(n, weights, expected)
@@ -81,12 +82,17 @@ def _differs(name: str, weights: Mapping[str, Given], expected: Mapping[str, tor
 
 
 def read(where: str, ranks: Ranks = ALONE) -> dict[str, Given]:
-    """The tensors that `model.init` names, under their own names. Raises CheckpointError."""
+    """The tensors that `model.init` names, under their own names; of a run, those of the part that is judged.
+
+    Raises CheckpointError.
+    """
     if where.startswith(TIMM):
         return _lent(from_timm(where.removeprefix(TIMM)))
     path = Path(where).expanduser()
     if "://" in where or path.is_dir():
-        return checkpoint.lend(where if "://" in where else path, "model.encoder.", ranks)[1]
+        state, found = checkpoint.lend(where if "://" in where else path, "model.", ranks)
+        judged = f"{build(from_dict(state['config'])).evaluated}."
+        return {n.removeprefix(judged): given for n, given in found.items() if n.startswith(judged)}
     if not path.is_file():
         raise CheckpointError("there is no such file or folder", where=f"model.init = {where}", do=_FILE)
     return from_safetensors(path) if path.suffix == ".safetensors" else _lent(state_dict(read_file(path), where))
@@ -160,8 +166,9 @@ def is_relative(found: Mapping[str, Given]) -> bool:
     return any(name.endswith(".attn.rpe.table") for name in found)
 
 
-def refuse_others(found: Mapping[str, Given], model: ModelConfig, where: str) -> None:
+def refuse_others(found: Mapping[str, Given], config: Config, where: str) -> None:
     """Raise CheckpointError for weights of another model, with the keys that make it theirs."""
+    model = config.model
     dim, _, *patch = found[PATCHES].shape
     row, depth = FAMILY[model.size], len({name.split(".")[1] for name in found if name.startswith("blocks.")})
     outer, inner = found["blocks.0.fc1.weight"].shape[0], found["blocks.0.fc2.weight"].shape[1]
@@ -188,6 +195,9 @@ def refuse_others(found: Mapping[str, Given], model: ModelConfig, where: str) ->
         do = f"set {' '.join(differing)}"
         if size is None:
             do = "choose other weights: no size of the family has this width and so many blocks"
+        for kind in {"relative", "learned"} - {*build(config).positions}:
+            if f"model.positions={kind}" in differing:
+                do = f"choose other weights: {kind} positions do not go with objective.name={config.objective.name}"
         what = f"these are weights of another model: {'; '.join(differing.values())}"
         raise CheckpointError(what, where=where, do=do)
 
@@ -204,6 +214,8 @@ def fit(found: Mapping[str, Given], config: Config, where: str) -> tuple[dict[st
         shape = torch.Size((dim, model.channels, *patch))
         weights[PATCHES] = Given(shape, lambda: spread(kernel.read(), model.channels))
         changes.append(f"{channels} channels summed" + f" and spread over {model.channels}" * (model.channels > 1))
+    if model.input_gain != 1:
+        changes.append(f"model.input_gain={model.input_gain:g} has no effect on given weights")
     if table is None or is_relative(found):
         return weights, changes
     prefix, side = layout(found, where)

@@ -201,13 +201,13 @@ def block_shapes(dim: int, heads: int, relative: bool = True, prefix: int = 1, o
 def shapes(config: Config) -> Shapes:
     """The parameters of the model that a configuration builds, decoder included."""
     row, model, decoder, t = FAMILY[config.model.size], config.model, config.model.decoder, tokens(config)
-    root = linear(model.patch**2 * model.channels, row.dim)
-    root += [Rows(1, tokens * row.dim) for tokens in (t.class_token, t.registers) if tokens]
-    frozen = [*root, *2 * [Rows(row.dim)]] if t.blocks else []
-    root += [Rows(1, row.dim if t.visible is None else decoder.width)]  # the mask token, where it enters
-    root += 2 * [Rows(row.dim)]  # the final norm
+    encoder = linear(model.patch**2 * model.channels, row.dim)
+    encoder += [Rows(1, tokens * row.dim) for tokens in (t.class_token, t.registers) if tokens]
+    encoder += [Rows(1, t.patches * row.dim)] if model.positions == "learned" else []
+    encoder += 2 * [Rows(row.dim)]  # the final norm
+    frozen = encoder if t.blocks else []
+    root = [*encoder, Rows(1, row.dim if t.visible is None else decoder.width)]  # the mask token, where it enters
     root += [Rows(t.fusion)] if t.fusion else []
-    root += [Rows(1, t.patches * row.dim)] if model.positions == "learned" else []
     block = block_shapes(row.dim, row.heads, relative(config), t.prefix, options(config))
     if not decoder.depth:
         return Shapes(block, [], root + linear(row.dim, t.values), row.depth, 0)

@@ -54,21 +54,19 @@ class JointEmbedding(nn.Module):
         self.encoder, self.teacher = encoder, teacher.requires_grad_(False)
         self.predictor = Predictor(encoder.dim, width, depth, heads, attention)
 
-    def forward(self, images: Tensor, context: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, images: Tensor, context: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """images [B, C, H, W], ids int64 [B, n] and [B, T, m] → predictions and fp32 targets, [B, T, m, dim] each.
 
-        A target is the teacher's token after a LayerNorm without weights, in fp32. The third value is their deviation
-        between the images of the batch, at the same place, averaged over places and features.
+        A target is the teacher's token after a LayerNorm without weights, in fp32.
         """
         grid, dim = self.encoder.grid(images), self.encoder.dim
         with torch.no_grad():
             whole = self.teacher.forward_features(images)[:, self.teacher.prefix :]
             whole = F.layer_norm(whole.float(), (dim,))
-            spread = whole.std(0, correction=0).mean()
             wanted = gathered(whole, targets.flatten(1)).view(*targets.shape, dim)
         tokens = gathered(self.encoder.embed(images), context)
         seen = self.encoder.encode(tokens, (1, tokens.shape[1]))[:, self.encoder.prefix :]
-        return self.predictor(seen, context, targets, grid), wanted, spread
+        return self.predictor(seen, context, targets, grid), wanted
 
 
 def gathered(tokens: Tensor, ids: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from foundation.config_text import Problem
 from foundation.models.families import FAMILY, Tokens
 from foundation.models.predictor import JointEmbedding
 from foundation.objectives.masks import Blocks, batch_blocks, block_sizes, multi_block
-from foundation.objectives.reconstruction import build_encoder
+from foundation.objectives.reconstruction import build_encoder, decoder_conflicts, position_conflicts
 
 TYPICAL = 8  # global batches over which the planner's token counts are means
 
@@ -35,8 +35,7 @@ class JointEmbeddingPrediction:
     """
 
     positions, class_token = ("sincos",), False
-    evaluated = "teacher"
-    """The part of the model that is judged, as published."""
+    evaluated = JointEmbedding.judged
     names = ("latent",)
 
     def __init__(self, config: Config) -> None:
@@ -77,15 +76,11 @@ class JointEmbeddingPrediction:
     def conflicts(self) -> Iterator[Problem]:
         """What keys of the configuration cannot be together under this objective."""
         c, o = self.config, self.config.objective
-        if c.model.positions not in self.positions:
-            text = f"{' or '.join(self.positions)}, which objective.name = {o.name!r} builds on"
-            yield Problem("model.positions", c.model.positions, text, others=("objective.name",))
-        if not c.model.decoder.depth:
-            text = "at least 1: what is hidden enters in the predictor"
-            yield Problem("model.decoder.depth", 0, text, others=("objective.name",))
-        if c.model.decoder.width % 4:
-            text = "a multiple of 4: sines and cosines of two axes"
-            yield Problem("model.decoder.width", c.model.decoder.width, text, others=("objective.name",))
+        yield from position_conflicts(c, self.positions)
+        yield from decoder_conflicts(c, "predictor")
+        if c.train.compile:  # a new length is compiled again, up to a limit; beyond it nothing is
+            text = "false: blocks change their length with every batch"
+            yield Problem("train.compile", True, text, others=("objective.name",))
         if o.momentum[0] > o.momentum[1]:
             yield Problem("objective.momentum", o.momentum, "[first, last] with first <= last")
         yield from self.block_conflicts()
@@ -93,6 +88,10 @@ class JointEmbeddingPrediction:
     def block_conflicts(self) -> Iterator[Problem]:
         """Blocks must exist in this grid, and the targets, wherever they lie, leave something of the context."""
         c, o, sides = self.config, self.config.objective, ("data.image_size", "model.patch")
+        ranges = {f"objective.{key}": getattr(o, key) for key in ("block_scale", "block_aspect", "context_scale")}
+        if turned := {key: ends for key, ends in ranges.items() if ends[0] > ends[1]}:
+            yield from (Problem(key, list(ends), "[low, high] with low <= high") for key, ends in turned.items())
+            return
         if c.data.image_size % c.model.patch:
             return  # there is no grid
         targets, contexts = self.sizes
@@ -105,8 +104,8 @@ class JointEmbeddingPrediction:
             largest, smallest = max(h * w for h, w in targets), min(h * w for h, w in contexts)
             if smallest <= o.blocks * largest:
                 text = f"fewer or smaller ones: {o.blocks} of {largest} patches can cover a context of {smallest}"
-                ranges = ("objective.block_scale", "objective.context_scale")
-                yield Problem("objective.blocks", o.blocks, text, others=(*ranges, *sides))
+                scales = ("objective.block_scale", "objective.context_scale")
+                yield Problem("objective.blocks", o.blocks, text, others=(*scales, *sides))
 
     def build_model(self) -> JointEmbedding:
         """Encoder, teacher and predictor; the predictor's keys are those of the decoder."""
@@ -122,16 +121,13 @@ class JointEmbeddingPrediction:
         return LatentInputs((images, context, targets))
 
     def loss(self, prediction: Any, inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Smooth-L1, mean over all values, in fp32; and `teacher_std`, how far the teacher tells images apart.
-
-        It is a deviation between images at the same place: 0 where features collapse, also to nothing but positions.
-        """
-        predicted, target, spread = prediction
-        return F.smooth_l1_loss(predicted.float(), target), {"teacher_std": spread.float()}
+        """Smooth-L1, mean over all values, in fp32."""
+        predicted, target = prediction
+        return F.smooth_l1_loss(predicted.float(), target), {}
 
     def compared(self, prediction: Any, inputs: Any) -> tuple[Tensor, Tensor]:
         """What the loss compares: predicted and target values, both [B, T, m, dim]."""
-        predicted, target, _ = prediction
+        predicted, target = prediction
         return predicted, target
 
     def momentum(self, position: int) -> float:

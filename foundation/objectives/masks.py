@@ -119,8 +119,7 @@ def placed_blocks(
         bits(seed, f"block-{axis}", positions, count + 1) for axis in ("top", "left")
     )  # the last one is the context's
     rows, columns = tops[:, :-1] % (grid[0] - target[0] + 1), lefts[:, :-1] % (grid[1] - target[1] + 1)
-    steps = (torch.arange(side, device=positions.device) for side in target)
-    down, across = next(steps), next(steps)
+    down, across = (torch.arange(side, device=positions.device) for side in target)
     ids = (rows[..., None] + down)[..., :, None] * grid[1] + (columns[..., None] + across)[..., None, :]
     hidden = in_block(rows, columns, target, grid).any(1)
     place = tops[:, -1] % (grid[0] - context[0] + 1), lefts[:, -1] % (grid[1] - context[1] + 1)

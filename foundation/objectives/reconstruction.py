@@ -37,6 +37,25 @@ def build_encoder(config: Config) -> ViT:
     return encoder
 
 
+def position_conflicts(config: Config, known: tuple[str, ...]) -> Iterator[Problem]:
+    """Positions that an objective does not build on."""
+    if config.model.positions not in known:
+        text = f"{' or '.join(known)}, which objective.name = {config.objective.name!r} builds on"
+        text += ": its windows know nothing of their place" if known == ("relative",) else ""
+        yield Problem("model.positions", config.model.positions, text, others=("objective.name",))
+
+
+def decoder_conflicts(config: Config, part: str) -> Iterator[Problem]:
+    """Of what the encoder does not see, a decoder (or predictor, `part`) with fixed positions must know the place."""
+    decoder = config.model.decoder
+    if not decoder.depth:
+        text = f"at least 1: what is hidden enters in the {part}"
+        yield Problem("model.decoder.depth", 0, text, others=("objective.name",))
+    if decoder.width % 4:
+        text = "a multiple of 4: sines and cosines of two axes"
+        yield Problem("model.decoder.width", decoder.width, text, others=("objective.name",))
+
+
 class MaskedReconstruction:
     """Predict `target` on the hidden patches of local windows; squared error, mean over masked tokens and values.
 
@@ -45,7 +64,6 @@ class MaskedReconstruction:
     """
 
     positions: tuple[str, ...] = ("relative",)
-    """What the frame can build on: windows know nothing of their place in the image."""
     evaluated, class_token = "encoder", True
 
     def __init__(self, config: Config, target: FixedTarget) -> None:
@@ -63,11 +81,7 @@ class MaskedReconstruction:
 
     def conflicts(self) -> Iterator[Problem]:
         """What keys of the configuration cannot be together under this objective."""
-        model = self.config.model
-        if model.positions not in self.positions:
-            text = f"{' or '.join(self.positions)}, which objective.name = {self.config.objective.name!r} builds on"
-            text += ": its windows know nothing of their place" if self.positions == ("relative",) else ""
-            yield Problem("model.positions", model.positions, text, others=("objective.name",))
+        yield from position_conflicts(self.config, self.positions)
         yield from self.fixed.conflicts(self.config)
         yield from self.mask_conflicts()
 
@@ -180,17 +194,11 @@ class VisibleReconstruction(MaskedReconstruction):
 
     def mask_conflicts(self) -> Iterator[Problem]:
         """Some patches must be visible and some hidden, and a decoder must bring both together."""
-        o, decoder = self.config.objective, self.config.model.decoder
-        if not decoder.depth:
-            text = "at least 1: what is hidden enters in the decoder"
-            yield Problem("model.decoder.depth", 0, text, others=("objective.name",))
-        if decoder.width % 4:
-            text = "a multiple of 4: sines and cosines of two axes"
-            yield Problem("model.decoder.width", decoder.width, text, others=("objective.name",))
+        yield from decoder_conflicts(self.config, "decoder")
         if not 0 < self.visible < self.patches:
             text = f"a share that hides at least one of {self.patches} patches and leaves one visible"
             sides = ("data.image_size", "model.patch")
-            yield Problem("objective.mask_ratio", o.mask_ratio, text, others=sides)
+            yield Problem("objective.mask_ratio", self.config.objective.mask_ratio, text, others=sides)
 
     def build_model(self) -> MaskedImageModel:
         """Encoder of visible patches and decoder of all."""

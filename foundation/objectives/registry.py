@@ -54,6 +54,10 @@ class Objective(Protocol):
         """The part of the model that is judged and exported: `encoder`, or `teacher`."""
 
     @property
+    def positions(self) -> tuple[str, ...]:
+        """The values of model.positions that it can build on."""
+
+    @property
     def class_token(self) -> bool:
         """Whether encoders have one."""
 

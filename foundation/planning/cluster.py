@@ -82,6 +82,12 @@ class Cluster(NamedTuple):
         return min(self.nvlink, self.nic * self.efficiency), self.hop
 
 
+def one_pass(sent: float, units: int, shards: int, cluster: Cluster) -> float:
+    """Seconds of one gather, or reduction to shards, of so many bytes in `units` blocks over a ring of `shards`."""
+    bandwidth, hop = cluster.ring(shards)
+    return sent * (shards - 1) / shards / bandwidth + units * (shards - 1) * hop
+
+
 def communication(
     engine: str,
     count: float,
@@ -108,16 +114,14 @@ def communication(
     world = cluster.world
     if world == 1 or engine == "single":
         return 0.0
-    bandwidth, hop = cluster.ring(world)
-    part = (world - 1) / world
     if engine in ("ddp", "zero1", "zero2"):
         times = accumulation if engine == "zero2" else 1
-        return (2 * reduce * times + (0 if engine == "ddp" else gather)) * count * part / bandwidth
+        sent = (2 * reduce * times + (0 if engine == "ddp" else gather)) * count
+        return one_pass(sent, 0, world, cluster)
     shards = shard_degree(engine, world, cluster.gpus_per_node, shard_size)
-    bandwidth, hop = cluster.ring(shards)
-    gathers, reductions = 2 * accumulation, accumulation if engine == "zero3" else 1
-    seconds = (gathers * gather + reductions * reduce) * count * (shards - 1) / shards / bandwidth
-    seconds += (gathers + reductions) * units * (shards - 1) * hop
+    reductions = accumulation if engine == "zero3" else 1
+    seconds = 2 * accumulation * one_pass(gather * count, units, shards, cluster)
+    seconds += reductions * one_pass(reduce * count, units, shards, cluster)
     replicas = world / shards
     if replicas > 1:
         # Each process reduces its piece over the replicas; those of a node share its network cards.

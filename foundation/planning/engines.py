@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from foundation.config import Config
 from foundation.models.families import FAMILY, flops, parameters, shapes
 from foundation.planning.activations import widths
-from foundation.planning.cluster import GPUS, Cluster, communication, step_seconds
+from foundation.planning.cluster import GPUS, Cluster, communication, one_pass, step_seconds
 from foundation.planning.memory import Memory, memory, padded, shard_degree
 
 REPLICATED_UP_TO = 2e9  # parameters: beyond, 16 bytes each leave too little of a GPU to a replica
@@ -42,9 +42,11 @@ def peak(config: Config, cluster: Cluster) -> float:
 def compute_seconds(config: Config, cluster: Cluster) -> float:
     """Seconds of arithmetic in an update: FLOP of its images over mfu · peak; full checkpointing: a forward pass more.
 
-    Selective checkpointing repeats no product, so it counts as free here.
+    A teacher, which has no backward pass, is not recomputed. Selective checkpointing repeats no product, so it counts
+    as free here.
     """
-    work = flops(config).training + (flops(config).forward if config.train.activation_checkpointing == "full" else 0)
+    f = flops(config)
+    work = f.training + (f.forward - f.teacher if config.train.activation_checkpointing == "full" else 0)
     return work * config.train.global_batch / cluster.world / (cluster.mfu * peak(config, cluster))
 
 
@@ -60,21 +62,29 @@ def candidate(config: Config, cluster: Cluster, engine: str, micro: int) -> Cand
     options: dict[str, Any] = {"gather": e, "accumulation": steps, "shard_size": config.train.shard_size}
     s = shapes(config)
     seconds = communication(engine, padded(s.trained, engine, shards), units, cluster, reduce=4, **options)
-    if s.teacher and engine in ("fsdp2", "hsdp", "zero3"):  # gathered once, for the forward pass alone
-        teacher = padded(s.teacher, engine, shards)
-        seconds += communication(engine, teacher, s.depth, cluster, reduce=0, **options) / 2
+    if s.teacher and engine in ("fsdp2", "hsdp", "zero3"):  # gathered for forward passes alone
+        seconds += steps * one_pass(e * padded(s.teacher, engine, shards), s.depth, shards, cluster)
     step = step_seconds(compute_seconds(config, cluster), seconds, cluster.overlap)
     fits = need.total <= GPUS[cluster.gpu].memory
     return Candidate(engine, need, fits, seconds, step, config.train.global_batch / step)
 
 
+def too_coarse(config: Config) -> bool:
+    """Whether ZeRO refuses the run: in bf16 it would keep a teacher in bf16 alone."""
+    return config.train.precision == "bf16" and bool(shapes(config).teacher)
+
+
 def startable(config: Config, cluster: Cluster) -> list[str]:
-    """Engines that so many processes can form, the simplest first; hsdp needs several whole groups."""
+    """Engines that so many processes can form, the simplest first; hsdp needs several whole groups.
+
+    ZeRO does not train a teacher in bf16.
+    """
     if cluster.world == 1:
         return ["single"]
     group = shard_degree("hsdp", cluster.world, cluster.gpus_per_node, config.train.shard_size)
     grouped = 1 < group < cluster.world and cluster.world % group == 0
-    return ["ddp", "zero1", "zero2", *(["hsdp"] if grouped else []), "fsdp2", "zero3"]
+    engines = ["ddp", "zero1", "zero2", *(["hsdp"] if grouped else []), "fsdp2", "zero3"]
+    return [engine for engine in engines if not (engine.startswith("zero") and too_coarse(config))]
 
 
 def preferred(config: Config, cluster: Cluster) -> list[str]:
@@ -147,6 +157,11 @@ def engine_problems(config: Config, cluster: Cluster) -> Iterator[str]:
         size = chosen.shard_size or min(world, cluster.gpus_per_node)
         if world % size:
             yield f"{world} processes do not form groups of {size}; choose a train.shard_size that divides {world}"
+    if chosen.engine.startswith("zero") and too_coarse(config):
+        yield (
+            f"{chosen.engine} in bf16 would keep the teacher in bf16 alone, too coarse for its small changes; use "
+            f"train.engine=fsdp2, hsdp or ddp, or train.precision=fp32"
+        )
     if chosen.offload and chosen.engine in ("single", "ddp"):
         yield f"train.offload has no meaning under engine {chosen.engine}; use fsdp2, hsdp or zero"
     if chosen.float8 and not GPUS[cluster.gpu].fp8:

@@ -69,13 +69,14 @@ def memory(
 ) -> Memory:
     """The terms for an engine. P parameters, shard degree s, width e of the arithmetic (4 for fp32, 2 for bf16).
 
-    single, ddp: fp32 weights, gradients and two moments, 16 P; bf16 adds autocast's copy of the weights, 2 P.
+    single, ddp: fp32 weights, gradients and two moments, 16 P; bf16 adds autocast's copy of the weights, 2 P, which it
+    keeps of trained ones alone.
     fsdp2, hsdp: 16 P / s, where P is what it is with the rows of every parameter rounded up to a multiple of s, since
     processes hold whole rows; two gathered blocks and all outside blocks in e bytes, the gradients of as many in fp32;
     with accumulation gradients stay whole between micro-batches, 4 P more.
     zero1..3: the working weights (e P; zero3: / s) and gradients (e P; zero2 and zero3: / s) and 12 P / s of fp32
     master and moments; two buckets of at most 5e8 gradients and one more in fp32; zero3: at most 1e9 gathered weights.
-    A teacher has weights, in fp32 (zero: of the width of the arithmetic), and neither gradients nor moments.
+    A teacher has weights in fp32, and neither gradients nor moments.
     EMA: 4 P / s of fp32 where weights are sharded, else 4 P. Offload moves the optimiser, for fsdp2 and hsdp also
     weights and gradients, to the host. Margin: 10 % of the rest and, on a GPU, 1.5 GB.
     """
@@ -97,10 +98,10 @@ def memory(
         copies = e * min(count, LIVE) if engine == "zero3" else 0.0
         buffers = (2.0 * e + 4) * min(count, BUCKET)
     elif e < 4:
-        copies = e * (count + followed)
-    alone = 4 if engine in ("single", "ddp") else e
-    weights += followed * (4 / shards if engine in ("fsdp2", "hsdp") else alone / (shards if engine == "zero3" else 1))
-    ema = 4 * count / (shards if engine in ("fsdp2", "hsdp", "zero3") else 1) if config.optim.ema_half_life else 0.0
+        copies = e * count
+    spread = shards if engine in ("fsdp2", "hsdp", "zero3") else 1
+    weights += 4 * followed / spread
+    ema = 4 * count / spread if config.optim.ema_half_life else 0.0
     host = 0.0
     if train.offload and engine not in ("single", "ddp"):
         host, moments = moments, 0.0

@@ -40,14 +40,23 @@ def training_catalog(config: Config) -> Catalog:
     whole = ruled(load(*data.catalog, cache=cache(data)), data)
     learnt = whole.select(data.splits)
     learnt = learnt.filter(data.filter) if data.filter else learnt
-    for source in learnt.sources:
+    check_channels(learnt, config)
+    return learnt
+
+
+def check_channels(catalog: Catalog, config: Config, key: str = "data.catalog") -> None:
+    """Raise DataError unless the images of the catalog, which `key` names, have the channels of the model."""
+    for source in catalog.sources:
         if (found := source.statistics.get("channels", 1)) != config.model.channels:
+            learnt = f"set model.channels={found}, or leave {source.name} out: "
+            learnt += f"data.filter=\"source != '{source.name}'\""
             raise DataError(
                 f"the images of {source.name} have {found} channels, the model takes {config.model.channels}",
-                where="model.channels",
-                do=f"set model.channels={found}, or leave {source.name} out: data.filter=\"source != '{source.name}'\"",
+                where="model.channels" if key == "data.catalog" else key,
+                do=learnt
+                if key == "data.catalog"
+                else f"name a catalog of {config.model.channels} channels, or {key}=null",
             )
-    return learnt
 
 
 def ruled(catalog: Catalog, data: DataConfig, *, known: bool = False) -> Catalog:

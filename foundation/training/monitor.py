@@ -14,7 +14,7 @@ from torch import Tensor
 from foundation.errors import NumericsError
 from foundation.training import guard
 from foundation.training.chosen import Chosen, first
-from foundation.training.data import cache, last_position, micro_batch, ruled
+from foundation.training.data import cache, check_channels, last_position, micro_batch, ruled
 from foundation.training.online import Probe
 from foundation.training.pins import Score
 from foundation.training.ranks import Ranks, everywhere
@@ -28,7 +28,7 @@ ADVICE = "lower optim.lr or optim.weight_decay, lengthen optim.warmup_samples, s
 class Monitor:
     """The looks of a run; all `ranks` (a group of their own) call the same methods at the same positions.
 
-    Raises DataError on every rank when the images of a look cannot be had.
+    When the images of a look cannot be had, every rank raises: DataError where it happened, else OtherRankError.
     """
 
     def __init__(self, learner: Learner, catalog: Catalog, ranks: Ranks, note: Callable[[str], None]) -> None:
@@ -37,14 +37,16 @@ class Monitor:
         m, data = config.monitor, config.data
         batch = min(BATCH, micro_batch(config, ranks.size))
 
-        def opened(root: str) -> Catalog:
-            return ruled(load(root, cache=cache(data)), data, known=True)
+        def opened(key: str, root: str) -> Catalog:
+            found = ruled(load(root, cache=cache(data)), data, known=True)
+            check_channels(found, config, f"monitor.{key}")
+            return found
 
         def choose() -> tuple[Chosen | None, Probe | None]:
-            shown = catalog if m.catalog is None else opened(m.catalog)
+            shown = catalog if m.catalog is None else opened("catalog", m.catalog)
             ids = first(shown, config, m.images)
-            images = Chosen(shown, ids, data.image_size, batch) if ids else None
-            return images, Probe(opened(m.probe), config, batch) if m.probe else None
+            images = Chosen(shown, ids, data.image_size, batch) if len(ids) > 1 else None  # one differs from none
+            return images, Probe(opened("probe", m.probe), config, batch) if m.probe else None
 
         self.images, self.probe = everywhere(ranks, choose)
 
@@ -63,7 +65,8 @@ class Monitor:
     def look(self, position: int) -> dict[str, float]:
         """The metrics of what is due at `position`, and seconds it took: on rank 0, on others nothing.
 
-        Raises NumericsError on every rank when features or target have collapsed and the configuration says stop.
+        When features or target have collapsed and the configuration says stop, every rank raises: NumericsError on
+        rank 0, which has the metrics, OtherRankError on others.
         """
         began, (features, probe) = time.perf_counter(), self._due(position)
         found = (self._statistics() if features else {}) | (self._probe() if probe else {})
@@ -80,7 +83,9 @@ class Monitor:
         rows, moments = [], []
         for part in self.images.parts(self.ranks, engine.device):
             rows.append(engine.features(model, part.images).cpu())
-            inputs = objective.prepare(part.images, part.numbers.to(engine.device))
+            # Masks are those of the run's first global batch, whose sizes hold for no other.
+            positions = part.numbers % self.learner.config.train.global_batch
+            inputs = objective.prepare(part.images, positions.to(engine.device))
             pair = objective.compared(engine.predict(model, inputs.model_args), inputs)
             new = int((part.numbers < len(self.images)).sum())  # repetitions come last
             moments.append(tuple(guard.Moments.of(values[:new]) for values in pair))

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.nn import functional as F
 
-from foundation.config import Config, from_dict
+from foundation.config import Config, from_dict, to_dict
 from foundation.errors import CheckpointError
 from foundation.initial import initial_weights, spread
-from foundation.interchange import random_encoder
+from foundation.interchange import load_encoder, random_encoder
 from foundation.models.families import FAMILY
 from foundation.models.heads import MaskedImageModel, MaskedWindowModel
 from foundation.models.initialise import initialise
@@ -277,6 +277,32 @@ def test_a_run_of_learnt_positions_gives_them_to_one_of_another_size(tmp_path: P
     assert "positions resized from 8x8 to 12x12" in note
 
 
+def test_of_a_run_of_i_jepa_the_teacher_is_taken_as_of_a_published_file_and_by_an_evaluation(
+    published: dict[str, tuple[Path, ViT]], tmp_path: Path
+) -> None:
+    teacher = {n: t for n, t in published["i-jepa"][1].state_dict().items() if n != "cls_token"}
+    run = config("unused", positions="sincos", objective="i-jepa")
+    model: Any = build(run).build_model()
+    initialise(model, 1)
+    parts = {"encoder": model.encoder.state_dict(), "teacher": teacher}
+    tensors = {f"model.{p}.{n}": t for p, names in parts.items() for n, t in names.items()}
+    folder = checkpoint.save(tmp_path / "run", tensors, {"config": to_dict(run), "position": 8}, 8)
+    ours, theirs = (started(config(path, positions="sincos"))[0] for path in (folder, published["i-jepa"][0]))
+    judged, _ = load_encoder(folder)
+    for name, tensor in ours.state_dict().items():
+        assert torch.equal(tensor, theirs.state_dict()[name])
+        assert name == "cls_token" or torch.equal(tensor, judged.state_dict()[name])
+
+
+def test_a_gain_of_the_first_weights_has_no_effect_on_given_ones_and_says_so(tmp_path: Path) -> None:
+    path = saved(a_timm(in_chans=1), tmp_path / "vit.pth")
+    plain, note = started(config(path, positions="learned"))
+    assert "input_gain" not in note
+    more, note = started(config(path, positions="learned", input_gain=5.0))
+    assert "model.input_gain=5 has no effect on given weights" in note
+    assert torch.equal(more.patch_embed.proj.weight, plain.patch_embed.proj.weight)
+
+
 def test_the_random_control_of_an_evaluation_stays_random(tmp_path: Path) -> None:
     run = config(saved(a_timm(), tmp_path / "vit.pth"), positions="learned")
     encoder, plain = random_encoder(run, 3), build_encoder(run)
@@ -366,6 +392,14 @@ def test_relative_tables_are_not_dropped_silently(published: dict[str, tuple[Pat
     text = message(config(published["sar-jepa"][0], positions="learned"))
     assert "tables of relative positions, not positions learned" in text
     assert "set model.positions=relative" in text
+
+
+def test_no_key_is_advised_that_the_objective_refuses(published: dict[str, tuple[Path, ViT]], tmp_path: Path) -> None:
+    relative, learnt = published["sar-jepa"][0], saved(a_timm(), tmp_path / "vit.pth")
+    for path, kind in ((relative, "relative"), (learnt, "learned")):
+        advice = message(config(path, positions="sincos", objective="i-jepa")).split("do:")[1]
+        assert f"choose other weights: {kind} positions do not go with objective.name=i-jepa" in advice
+        assert "set model.positions" not in advice
 
 
 def test_tensors_that_an_encoder_has_no_place_for_are_named(tmp_path: Path) -> None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from processes import interrupted, record, same_state
+from torch import Tensor
 
 from foundation.config import Config, MonitorConfig
 from foundation.errors import ConfigError, DataError, NumericsError
 from foundation.training import checkpoint
 from foundation.training.committed import committed, position_of
+from foundation.training.engine import Engine
 from foundation.training.guard import collapsed
 from foundation.training.online import Probe
 from foundation.training.places import place
@@ -140,9 +144,56 @@ def test_images_that_cannot_be_had_are_an_error_before_the_first_update(
         train(tiny_config(*(key.format(free=tmp_path / "free") for key in keys)))
 
 
+@pytest.mark.parametrize("key", ["monitor.catalog", "monitor.probe"])
+def test_images_of_other_channels_are_an_error_before_the_first_update(
+    tiny_config: Make, catalog: Path, tmp_path: Path, key: str
+) -> None:
+    from shards import synthetic
+    from shards.pack import SourceSpec, pack
+
+    records = synthetic.generate("train", synthetic.CLASSES, 2, 40, 0)
+    pairs = [replace(record, pixels=np.stack([record.pixels] * 2)) for record in records]
+    pack(tmp_path / "pairs", [SourceSpec("pairs", records=pairs)])
+    with pytest.raises(DataError, match="the images of pairs have 2 channels, the model takes 1") as caught:
+        train(tiny_config(f"{key}={tmp_path / 'pairs'}"))
+    assert f"where: {key}" in str(caught.value)
+    assert f"name a catalog of 1 channels, or {key}=null" in str(caught.value)
+
+
+def test_of_a_catalog_of_one_image_nothing_is_said(tiny_config: Make, tmp_path: Path) -> None:
+    from shards import synthetic
+    from shards.pack import SourceSpec, pack
+
+    pack(tmp_path / "one", [SourceSpec("one", records=synthetic.generate("train", synthetic.CLASSES[:1], 1, 40, 0))])
+    run = train(tiny_config(f"monitor.catalog={tmp_path / 'one'}", "monitor.on_collapse=stop", "train.samples=16"))
+    assert looked(run, FEATURES) == []
+
+
+def test_contexts_of_a_look_hold_nothing_of_their_targets(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = list[tuple[Tensor, ...]]()
+    found = Engine.predict
+
+    def watched(self: Engine, model: Any, arguments: tuple[Tensor, ...]) -> Any:
+        seen.append(arguments)
+        return found(self, model, arguments)
+
+    monkeypatch.setattr(Engine, "predict", watched)
+    keys = ("objective.name=i-jepa", "model.positions=sincos", "data.image_size=64", "train.samples=16")
+    train(tiny_config(*keys, "monitor.images=48", "monitor.every=8"))
+    assert len(seen) > 1
+    for _, context, targets in seen:
+        for shown, hidden in zip(context.tolist(), targets.flatten(1).tolist(), strict=True):
+            assert not {*shown} & {*hidden}
+
+
 @pytest.mark.parametrize(
     ("key", "allowed"),
-    [("monitor.on_collapse=ignore", "warn, stop"), ("monitor.every=0", ">= 1"), ("monitor.images=-1", ">= 0")],
+    [
+        ("monitor.on_collapse=ignore", "warn, stop"),
+        ("monitor.every=0", ">= 1"),
+        ("monitor.images=-1", ">= 0"),
+        ("monitor.images=1", "0 or at least 2"),
+    ],
 )
 def test_keys_out_of_range_are_refused(tiny_config: Make, key: str, allowed: str) -> None:
     with pytest.raises(ConfigError, match=allowed):
