@@ -72,8 +72,9 @@ def interval(metric: str, value: float, found: Tensor) -> tuple[float, float]:
     """Ends of the 95 % interval of a metric that is `value` on the test set and `found` [R] on bootstrap samples of it.
 
     The percentiles; of the calibration error the basic interval, cut at 0: the error of finitely many answers is too
-    large on average, that of a sample of these once more, so the percentiles of calibrated answers lie above 0. The basic
-    interval of these holds 0 in two of three cases, not in 95 of 100; an error far from 0 it holds in 89 to 96 of 100.
+    large on average, that of a sample of these once more, so the percentiles of calibrated answers lie above 0.
+    The basic interval of these holds 0 in two of three cases, not in 95 of 100; an error far from 0 it holds in about
+    90 of 100.
     """
     low, high = found.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     if metric == "calibration error":
