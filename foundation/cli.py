@@ -120,10 +120,10 @@ def report(
 
 @app.command("import")
 def import_checkpoint(
-    checkpoint: Annotated[Path, typer.Argument(help="Published SAR-JEPA checkpoint (.pth)")],
-    out: Annotated[Path, typer.Argument(help="Run folder to make")],
+    checkpoint: Annotated[Path, typer.Argument(help="Published checkpoint (.pth)")],
+    out: Annotated[Path, typer.Argument(help="Run folder to make; of SARATR-X a folder for load_export")],
 ) -> None:
-    """Turn a published checkpoint (SAR-JEPA, LoMaR, MAE, FG-MAE, SARATR-X) into one of this trainer."""
+    """Turn a published checkpoint (SAR-JEPA, LoMaR, MAE, FG-MAE, I-JEPA, SARATR-X) into one of this trainer."""
     from foundation.interchange import import_published
 
     show("checkpoint", import_published(checkpoint, out))

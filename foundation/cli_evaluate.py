@@ -128,7 +128,11 @@ def paired_command(
     """Is the second encoder better than the first? Paired tests on the same test images."""
     from foundation.evaluation.paired import HEADER, compare_runs
 
-    print_table(HEADER, [each.cells() for each in compare_runs(first, second, protocol or ())])
+    found = compare_runs(first, second, protocol or ())
+    print_table(HEADER, [each.cells() for each in found])
+    for each in found:
+        if each.differing:
+            show("NOT ALIKE", f"{each.protocol}, {each.first} and {each.second}: {each.differing}")
 
 
 def teller(update: Callable[[str], None]) -> Callable[[str, int, int], None]:

@@ -29,6 +29,12 @@ def write_whole(path: Path, content: str | bytes) -> Path:
     return path
 
 
+def check_new(folder: Path, what: str) -> None:
+    """Raise StorageError for a place that is neither free nor an empty folder; `what` is to be written there."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise StorageError(f"{what} is written into a new folder", where=str(folder), do="name another or remove it")
+
+
 def read_json(path: Path) -> Any:
     """The JSON value in a file. Raises StorageError when it cannot be read or is none."""
     try:

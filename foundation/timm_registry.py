@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -28,25 +29,34 @@ def register() -> None:
 
 
 class _AfterTimm(MetaPathFinder):
-    """Finds timm as others do, and has the family registered behind its import; leaves after that."""
+    """Finds timm as others do, and has the family registered behind its import; leaves after that.
+
+    It stays when timm is only looked for, as many libraries do before they import it.
+    """
+
+    def __init__(self) -> None:
+        self.asking = threading.local()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != "timm":
+        if fullname != "timm" or getattr(self.asking, "others", False):
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self.asking.others = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self.asking.others = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _Registering(spec.loader)
+            spec.loader = _Registering(spec.loader, self)
         return spec
 
 
 class _Registering(Loader):
     """A loader that does what the one of timm does, then registers."""
 
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+    def __init__(self, loader: Loader, finder: _AfterTimm) -> None:
+        self.loader, self.finder = loader, finder
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
@@ -55,4 +65,6 @@ class _Registering(Loader):
         assert module.__spec__ is not None
         module.__spec__.loader = module.__loader__ = self.loader  # resources and reload know the real one
         self.loader.exec_module(module)
+        if self.finder in sys.meta_path:
+            sys.meta_path.remove(self.finder)
         importlib.import_module(MODELS)

@@ -19,10 +19,11 @@ from foundation.errors import NumericsError
 from foundation.evaluation.features import Progress
 from foundation.evaluation.probe import held_out
 from foundation.evaluation.tuning import empty_linear, generator
-from shards.addressed import permutation
+from shards.addressed import bits, permutation
 
 RATES, DECAYS = (1e-3, 3e-3), (1e-2, 0.3)
 STEPS = 150  # at least so many are made: an epoch of few images is one step
+SAMPLED = 100_000  # patch tokens that their mean and deviation are taken from
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class Setting:
     weight_decay: float
     epochs: int = 20
     batch: int = 128
+
+    def made(self, images: int) -> int:
+        """Epochs that are made over so many images."""
+        return max(self.epochs, math.ceil(STEPS / (images // min(self.batch, images))))
 
 
 class Probe(nn.Module):
@@ -71,15 +76,21 @@ class Probe(nn.Module):
         return self.head(self.attend((tokens.float() - self.mean) / self.deviation))
 
 
+def _sample(rows: Tensor, seed: int) -> Tensor:
+    """Rows [M, D] to standardise by: all, or SAMPLED at random, because every n-th may always be of the same column."""
+    if len(rows) <= SAMPLED:
+        return rows
+    return rows[bits(seed, "evaluation/attentive/sample", torch.tensor([0]), SAMPLED)[0] % len(rows)]
+
+
 def _learn(tokens: Tensor, y: Tensor, classes: int, seed: int, setting: Setting, device: Any) -> Probe:
     """A probe learnt on tokens fp16 [N, n, D], moved to `device` batch by batch."""
-    flat = tokens.flatten(0, 1)
-    sample = flat[:: max(1, len(flat) // 100_000)].float()
+    sample = _sample(tokens.flatten(0, 1), seed).float()
     probe = Probe(tokens.shape[-1], classes, seed, sample.mean(0), sample.std(0).clamp_min(1e-4)).to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=setting.lr, weight_decay=setting.weight_decay)
     size = min(setting.batch, len(y))
     steps = len(y) // size
-    epochs = max(setting.epochs, math.ceil(STEPS / steps))
+    epochs = setting.made(len(y))
     for epoch in range(epochs):
         order = permutation(seed, "evaluation/attentive/order", torch.tensor([epoch]), len(y))[0]
         for step in range(steps):
@@ -134,5 +145,5 @@ def predict(
     found = _probabilities(_learn(train, y, classes, seed, best, device), test, device)
     if progress is not None:
         progress(len(choices) + 1, len(choices) + 1)
-    settings = {"lr": best.lr, "weight_decay": best.weight_decay, "epochs": best.epochs, "batch": best.batch}
+    settings = {"lr": best.lr, "weight_decay": best.weight_decay, "epochs": best.made(len(y)), "batch": best.batch}
     return found, {**settings, "held_out_accuracy": tried[best][1] if best in tried else None}

@@ -22,10 +22,11 @@ from shards.errors import DataError
 
 @dataclass(frozen=True)
 class Draws:
-    """The draws of the split with this sha256, kept in `folder` (None: nowhere)."""
+    """The draws of the split with this sha256, kept in `folder` (None: nowhere); `given` are those it came with."""
 
     split: str = ""
     folder: Path | None = None
+    given: Path | None = None
 
     def draw(self, train: Listing, test: Listing, shots: int, seed: int) -> Tensor:
         """Indices into `train` of `shots` samples of each class, class by class: int64 [classes · shots].
@@ -55,32 +56,34 @@ class Draws:
             facts = tuple(value[name] for name in ("split", "shots", "seed"))
             hashes: dict[str, list[str]] = {str(name): [*map(str, part)] for name, part in value["hashes"].items()}
         except (KeyError, TypeError, AttributeError) as error:
-            raise _refused(path, f"this is no file of a draw: {error!r}") from error
+            raise self._refused(path, f"this is no file of a draw: {error!r}") from error
         if facts != (self.split, shots, seed):
             told = f"split {str(facts[0])[:12]}, {facts[1]} shots, seed {facts[2]}"
-            raise _refused(path, f"the draw is of {told}, not of split {self.split[:12]}, {shots} shots, seed {seed}")
+            ours = f"split {self.split[:12]}, {shots} shots, seed {seed}"
+            raise self._refused(path, f"the draw is of {told}, not of {ours}")
         tested = set(test.hashes)
         if seen := [h for part in hashes.values() for h in part if h in tested]:
-            raise _refused(path, f"{len(seen)} of the drawn images are test images: {_named(seen)}")
+            raise self._refused(path, f"{len(seen)} of the drawn images are test images: {_named(seen)}")
         where = {h: i for i, h in reversed(list(enumerate(train.hashes)))}
         if lost := [h for part in hashes.values() for h in part if h not in where]:
-            raise _refused(path, f"{len(lost)} of the drawn images are not in train: {_named(lost)}")
+            raise self._refused(path, f"{len(lost)} of the drawn images are not in train: {_named(lost)}")
         for label, name in enumerate(train.classes):
             part = hashes.get(name, [])
             if len(part) != shots or len(set(part)) != shots:
-                raise _refused(path, f"class {name} has {len(set(part))} different images, not {shots}")
+                raise self._refused(path, f"class {name} has {len(set(part))} different images, not {shots}")
             if wrong := [h for h in part if train.y[where[h]] != label]:
-                raise _refused(
-                    path, f"{len(wrong)} images of class {name} have another class in train: {_named(wrong)}"
-                )
+                what = f"{len(wrong)} images of class {name} have another class in train: {_named(wrong)}"
+                raise self._refused(path, what)
         if extra := sorted({*hashes} - {*train.classes}):
-            raise _refused(path, f"train has no class {extra[0]}")
+            raise self._refused(path, f"train has no class {extra[0]}")
         return torch.tensor([where[h] for name in train.classes for h in hashes[name]], dtype=torch.int64)
+
+    def _refused(self, path: Path, what: str) -> DataError:
+        if self.given is not None and (given := self.given / path.name).exists():
+            do = f"correct this file, or, to have the images drawn, delete it and its copy {path}"
+            return DataError(what, where=str(given), do=do)
+        return DataError(what, where=str(path), do="delete the file: the images are drawn again")
 
 
 def _named(hashes: list[str]) -> str:
     return ", ".join(h[:12] for h in hashes[:3]) + ", ..." * (len(hashes) > 3)
-
-
-def _refused(path: Path, what: str) -> DataError:
-    return DataError(what, where=str(path), do="delete the file: the images are drawn again")

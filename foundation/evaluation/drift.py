@@ -26,6 +26,7 @@ from foundation.config import Config, from_dict, load
 from foundation.errors import ConfigError, DataError
 from foundation.evaluation.corruptions import corrupted
 from foundation.evaluation.figures import COLOURS, grid, plain, save
+from foundation.evaluation.metrics import resamples
 from foundation.files import write_whole
 from foundation.objectives.histograms import HOG, SARHOG
 from foundation.objectives.registry import OBJECTIVES, build
@@ -40,7 +41,6 @@ from foundation.objectives.targets import (
     RatioTarget,
     StructuralScales,
 )
-from shards.addressed import bits
 from shards.augment import resize_center
 from shards.catalog import Catalog
 from shards.reader import Reader, Sample
@@ -190,9 +190,7 @@ def _ratio(moments: Tensor) -> Tensor:
 
 def _rows(shared: Shared, moments: Tensor, looks: float, seed: int) -> Iterator[Row]:
     target, count = shared.target, len(moments)
-    drawn = bits(seed, "evaluation/drift", torch.arange(RESAMPLES), count) % count
-    weights = torch.zeros(RESAMPLES, count, dtype=torch.float64)
-    weights.scatter_add_(1, drawn, torch.full_like(weights, 1 / count))
+    weights = torch.cat([*resamples(seed, "evaluation/drift", RESAMPLES, count)]) / count
     resampled = torch.einsum("rn,nmk->rmk", weights, moments)
     parts: dict[str, slice] = {WHOLE: slice(None)}
     if isinstance(target, RatioTarget) and not isinstance(target, SARHOG) and len(target.names) > 1:

@@ -10,18 +10,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from foundation.errors import DataError
+from foundation.evaluation.leaks import FILE, VERDICTS, Word
 from foundation.evaluation.scores import Score
 from foundation.files import read_json, write_whole
 from shards.audit import near_overlap, overlap, shared_scenes
 from shards.catalog import Catalog
 
-FILE = "leakage.json"
 LISTED = 5  # examples of each kind
-Verdict = Literal["clean", "leaked", "unknown"]
-RANK: tuple[Verdict, ...] = ("leaked", "unknown", "clean")  # the worst first
 IDENTICAL, NEAR, SCENES = "identical images", "near duplicates", "shared scenes"
 
 
@@ -35,7 +33,7 @@ class Leakage:
     compared, else «clean»: scene ids that are missing change no verdict, they are named in the sentence.
     """
 
-    verdict: Verdict
+    verdict: Word
     sentence: str
     tested: int
     identical: int = 0
@@ -99,7 +97,7 @@ def _judge(tested: int, found: Mapping[str, tuple[Sequence[str], str]]) -> Leaka
     """The verdict on names found and reasons why something was not checked, by kind."""
     counts = {kind: len(names) for kind, (names, _) in found.items()}
     missing = {kind: reason for kind, (_, reason) in found.items() if reason}
-    verdict: Verdict = "leaked" if any(counts.values()) else "unknown" if {IDENTICAL, NEAR} & set(missing) else "clean"
+    verdict: Word = "leaked" if any(counts.values()) else "unknown" if {IDENTICAL, NEAR} & set(missing) else "clean"
     if verdict == "leaked":
         parts = {
             IDENTICAL: f"{counts[IDENTICAL]:,} of {tested:,} test images themselves",
@@ -136,7 +134,7 @@ def record(run: Path, found: Leakage, tested: Catalog) -> dict[str, Any]:
     path = run / FILE
     known = read_json(path).get("tests", {}) if path.exists() else {}
     tests = {**known, tested.fingerprint: found.as_json()}
-    worst = min(tests.values(), key=lambda one: RANK.index(one["verdict"]))
+    worst = min(tests.values(), key=lambda one: VERDICTS.index(one["verdict"]))
     write_whole(path, json.dumps({**worst, "tests": tests}, indent=1))
     return {"pretrained_on_test_images": found.images, "leakage": found.as_json()}
 

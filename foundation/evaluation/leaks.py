@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from foundation.errors import DataError
 from foundation.evaluation.scores import Score
 from foundation.files import read_json
 
 FILE = "leakage.json"
-VERDICTS = ("clean", "leaked", "unknown")
+Word = Literal["clean", "leaked", "unknown"]
+VERDICTS: tuple[Word, ...] = ("leaked", "unknown", "clean")  # the worst first
 # What a score's settings may say, and how a reader is told.
 SETTINGS = {
     "pretrained_on_test_images": "pretrained on {} of the test images",

@@ -44,13 +44,6 @@ def calibration_error(y: Tensor, probabilities: Tensor) -> float:
     return multiclass_calibration_error(shares, y, classes, n_bins=BINS, norm="l1").item()
 
 
-def confusion(y: Tensor, predicted: Tensor, classes: int) -> Tensor:
-    """How often class i (row) was taken for class j (column): int64 [classes, classes]."""
-    from torchmetrics.functional.classification import multiclass_confusion_matrix
-
-    return multiclass_confusion_matrix(predicted, y, classes)
-
-
 def certain(y: Tensor, answers: Tensor) -> Tensor:
     """Class probabilities [N, C] as they are; of classes int64 [N], probability 1 for each."""
     return (
@@ -73,6 +66,20 @@ def resamples(seed: int, purpose: str, count: int, length: int, chunk: int = 100
         yield torch.zeros(len(number), length, dtype=torch.float64).scatter_add_(
             1, pick, torch.ones_like(pick).double()
         )
+
+
+def interval(metric: str, value: float, found: Tensor) -> tuple[float, float]:
+    """Ends of the 95 % interval of a metric that is `value` on the test set and `found` [R] on bootstrap samples of it.
+
+    The percentiles; of the calibration error the basic interval, cut at 0: the error of finitely many answers is too
+    large on average, that of a sample of these once more, so the percentiles of calibrated answers lie above 0.
+    The basic interval of these holds 0 in two of three cases, not in 95 of 100; an error far from 0 it holds in about
+    90 of 100.
+    """
+    low, high = found.double().quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    if metric == "calibration error":
+        return max(0.0, 2 * value - high), max(0.0, 2 * value - low)
+    return low, high
 
 
 def resampled(metric: str, y: Tensor, probabilities: Tensor, counts: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ test (McNemar 1947; Dietterich 1998). Several: a bootstrap over test images and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from foundation.evaluation.scores import p_value
 from shards.errors import DataError
 
 HEADER = ("protocol", "first", "second", "difference", "95 % interval", "p", "test", "seeds", "test images")
+KINDS = {"training images": r"train (\w+)", "crop": r"crop (\w+)", "image size": r"(\d+ px)", "epochs": r"(\d+) epochs"}
 MCNEMAR, BOOTSTRAP = "McNemar, exact", "bootstrap of images and seeds"
 
 
@@ -37,6 +39,8 @@ class Paired:
     test: str
     seeds: int
     n_test: int
+    differing: str = ""
+    """how the two were measured otherwise, beyond their weights; empty: alike, or not recorded"""
 
     def cells(self) -> tuple[str, ...]:
         """The row of the table, as `HEADER` names it."""
@@ -93,7 +97,28 @@ def compare(first: Predictions, second: Predictions, names: tuple[str, str] | No
         MCNEMAR if single else BOOTSTRAP,
         len(first.seeds),
         difference.shape[1],
+        differing(first, second),
     )
+
+
+def settings(measurement: str) -> dict[str, str]:
+    """Training images, crop, image size and epochs that the name of a measurement tells, by what they are."""
+    found = {}
+    for part in measurement.split(", "):
+        for kind, pattern in KINDS.items():
+            if match := re.fullmatch(pattern, part):
+                found[kind] = match[1]
+    return found
+
+
+def differing(first: Predictions, second: Predictions) -> str:
+    """How two measurements differ in what both tell of their settings: a line for the reader, empty if in nothing.
+
+    Training images are told apart by the catalog or the split file that names them, so those of a split file differ
+    from the same ones of a catalog.
+    """
+    a, b = settings(first.measurement), settings(second.measurement)
+    return ", ".join(f"{kind} {a[kind]} and {b[kind]}" for kind in a if kind in b and a[kind] != b[kind])
 
 
 def order(found: Predictions) -> Tensor:

@@ -19,6 +19,7 @@ from foundation.evaluation import leakage, probe
 from foundation.evaluation.controls import PIXELS, PixelComponents, pixel_features
 from foundation.evaluation.corruptions import CORRUPTIONS, Corrupted
 from foundation.evaluation.features import Listing, Progress, check_disjoint, extract, listing
+from foundation.evaluation.metrics import resamples
 from foundation.evaluation.runs import run_folder, training_data
 from foundation.evaluation.suite import RANDOM, Task
 from foundation.files import write_whole
@@ -26,7 +27,6 @@ from foundation.interchange import load_encoder, random_encoder
 from foundation.models.vit import ViT
 from foundation.training import checkpoint
 from foundation.training.data import cache, ruled
-from shards.addressed import bits
 from shards.catalog import load as load_catalog
 from shards.reader import Reader
 
@@ -98,14 +98,10 @@ def _eyes(encoder: ViT | None, task: Task) -> tuple[Tensor, Callable[[Listing], 
     return see(task.train).x, lambda samples: see(samples).x
 
 
-def intervals(right: Tensor, resamples: int = 1000) -> tuple[list[float], list[float]]:
+def intervals(right: Tensor) -> tuple[list[float], list[float]]:
     """Ends of the 95 % intervals of accuracies, fp64 [R, N] of right answers: `scores.bootstrap` of R rows at once."""
-    number, count = torch.arange(resamples), right.shape[1]
-    parts = []
-    for part in number.split(100):
-        drawn = bits(0, "evaluation/bootstrap", part, count) % count
-        weights = torch.zeros(len(part), count, dtype=torch.float64)
-        parts.append(right @ weights.scatter_add_(1, drawn, torch.ones_like(weights)).T / count)
+    count = right.shape[1]
+    parts = [right @ counts.T / count for counts in resamples(0, "evaluation/bootstrap", 1000, count)]
     edges = torch.cat(parts, 1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=1)
     return edges[0].tolist(), edges[1].tolist()
 

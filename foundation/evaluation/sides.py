@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from foundation.config import DataConfig
 from foundation.evaluation import splits
@@ -44,17 +42,17 @@ class Chosen:
         if self.draws is not None:  # what came with the split stands above what was drawn here before
             for file in sorted(self.draws.glob("*.json")):
                 write_whole(folder / file.name, file.read_bytes())
-        return path, Draws(self.split.sha256, folder)
+        return path, Draws(self.split.sha256, folder, self.draws)
 
 
-def only(catalog: Catalog, keys: Collection[str]) -> Catalog:
-    """The samples of a catalog with these keys."""
-    wanted, sources = pa.array(sorted(set(keys))), []
+def only(catalog: Catalog, ids: Collection[int]) -> Catalog:
+    """The samples of a catalog with these ids."""
+    wanted, sources, start = np.array(sorted(ids)), [], 0
     for source in catalog.sources:
         rows = []
-        for table in catalog.tables(["key"], source):
-            (at,) = pc.is_in(table["key"], value_set=wanted).to_numpy().nonzero()
-            rows.append(at.astype(np.int32))
+        for count in source.kept:
+            rows.append((wanted[(wanted >= start) & (wanted < start + count)] - start).astype(np.int32))
+            start += count
         if source.rows is not None:
             rows = [old[new] for old, new in zip(source.rows, rows, strict=True)]
         if sum(map(len, rows)):
@@ -82,11 +80,11 @@ def choose(
         pool = ruled(load_catalog(*dict.fromkeys((data, test or data)), cache=known), rules, known=True)
         train, tested = splits.listings(wanted, pool, str(split))
         draws = split.with_suffix(".draws")
-        there = only(pool, tested.keys)
+        there = only(pool, tested.ids)
         return Chosen(train, tested, wanted, there, wanted.sha256, draws if draws.is_dir() else None)
     catalog, other = (ruled(load_catalog(root, cache=known), rules, known=True) for root in (data, test or data))
     train, tested = own_sides(catalog, None if test is None else other)
     column = column or "scene"
-    known_groups = splits.groups(catalog, column) | splits.groups(other, column)
+    known_groups = [splits.groups(part, column) for part in (catalog.select("train"), other.select("test"))]
     found = splits.of_listings(train, tested, known_groups, column)
     return Chosen(train, tested, found, other.select("test"), catalog.select("train").fingerprint)

@@ -128,22 +128,27 @@ def _first(names: Iterable[str]) -> str:
     return ", ".join(names[:SHOWN]) + ", ..." * (len(names) > SHOWN)
 
 
-def groups(catalog: Catalog, column: str) -> dict[str, str]:
-    """Key of a sample → its group, where the metadata know it. Raises DataError for a column that does not exist."""
+def groups(catalog: Catalog, column: str) -> list[str]:
+    """The group of each sample, in sample order; empty where the metadata do not know it.
+
+    Raises DataError for a column that does not exist.
+    """
     if column not in COLUMNS:
         do = f"choose from {', '.join(COLUMNS)}"
         raise DataError(f"the metadata have no column {column!r}", where=redact(catalog.root), do=do)
-    table = catalog.table(["key", column])
-    pairs = zip(table["key"].to_pylist(), table[column].to_pylist(), strict=True)
-    return {key: str(value) for key, value in pairs if value is not None}
+    values = catalog.table([column])[column].to_pylist()
+    return ["" if value is None else str(value) for value in values]
 
 
-def of_listings(train: Listing, test: Listing, known: dict[str, str], column: str = "scene") -> Split:
-    """The split that two listings are; `known` gives the groups of keys."""
+def of_listings(train: Listing, test: Listing, known: Sequence[Sequence[str]], column: str = "scene") -> Split:
+    """The split that two listings are; `known` gives the groups by sample id, for each of the two.
+
+    Not by key: keys are counters of a source, and those of two sources may be the same.
+    """
     rows = [
-        Row(h, key, part.classes[label], known.get(key, ""), side)
-        for side, part in zip(SIDES, (train, test), strict=True)
-        for h, key, label in zip(part.hashes, part.keys, part.y.tolist(), strict=True)
+        Row(h, key, part.classes[label], named[i], side)
+        for side, part, named in zip(SIDES, (train, test), known, strict=True)
+        for h, key, label, i in zip(part.hashes, part.keys, part.y.tolist(), part.ids, strict=True)
     ]
     return Split(tuple(sorted(rows, key=lambda r: (SIDES.index(r.split), r.label, r.hash, r.key))), column)
 
@@ -168,7 +173,8 @@ def listings(split: Split, catalog: Catalog, where: str) -> tuple[Listing, Listi
         if not here:
             missing.append(f"{row.hash[:12]} ({row.key})")
             continue
-        place = here.pop(next((i for i, (_, key, _) in enumerate(here) if key == row.key), 0))
+        # An image may be packed twice, with and without its class, and keys of two sources may be the same counters.
+        place = here.pop(max(range(len(here)), key=lambda i: (here[i][2] == row.label, here[i][1] == row.key)))
         if place[2] != row.label:
             other.append(f"{row.hash[:12]} ({place[1]}) is {row.label} in the file and {place[2]} in the catalog")
         taken.append((place, row))

@@ -13,7 +13,6 @@ from foundation.interchange.published import (
     load_encoder,
     model_of,
     random_encoder,
-    read_published,
     rename,
 )
 
@@ -30,6 +29,5 @@ __all__ = [
     "load_encoder",
     "model_of",
     "random_encoder",
-    "read_published",
     "rename",
 ]

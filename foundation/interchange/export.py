@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from foundation.errors import CheckpointError, ConfigError, StorageError
-from foundation.files import write_whole
+from foundation.files import check_new, write_whole
 from foundation.interchange import onnx_format, timm_format
 from foundation.interchange.card import card
 from foundation.interchange.saratrx import FORMAT
@@ -53,8 +54,8 @@ def export(
     """
     if form not in FORMATS:
         raise ConfigError(f"unknown format {form!r}", do=f"choose {', '.join(FORMATS)}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise StorageError("an export is written into a new folder", where=str(out), do="name another or remove it")
+    out = Path(os.path.abspath(out))  # «.» has no name
+    check_new(out, "an export")
     source = open_source(run, averaged, best, pool)
     draft = out.with_name(f".{out.name}.tmp")
     try:
@@ -64,9 +65,11 @@ def export(
         if not worst < TOLERANCE:
             what = f"features of the export differ by {worst:.1e}, allowed is {TOLERANCE:.0e}; nothing was written"
             raise CheckpointError(what, where=f"--format {form}", do="report this with the configuration of the run")
-        if out.exists():
-            out.rmdir()
-        draft.rename(out)
+        if not out.exists():
+            draft.rename(out)
+        else:  # it stays: it may be the folder somebody works in
+            for file in draft.iterdir():
+                file.rename(out / file.name)
     except OSError as error:
         what = f"the export cannot be written: {error.strerror or error}"
         raise StorageError(what, where=str(out), do="free space or correct the permissions") from error
@@ -95,7 +98,11 @@ def load_export(folder: Path | str) -> tuple[Any, dict[str, Any]]:
         ) from error
     if not isinstance(facts, dict) or facts.get("format") != FORMAT:
         raise CheckpointError(f"this is no export of the format «{FORMAT}»", where=where, do=do)
-    encoder: Any = HiViT(Shape(**facts["hivit"])).eval() if "hivit" in facts else rebuilt(facts["parts"], where)
+    try:
+        encoder: Any = HiViT(Shape(**facts["hivit"])).eval() if "hivit" in facts else rebuilt(facts["parts"], where)
+    except (LookupError, TypeError, ValueError) as error:
+        what = f"nothing here says how the encoder is built: {type(error).__name__} {error}"
+        raise CheckpointError(what, where=where, do=do) from error
     check_tensors(shapes(weights), shapes(encoder.state_dict()), where=where)
     encoder.load_state_dict(weights)
     return encoder, facts

@@ -45,7 +45,7 @@ _CHANNELS = "encoder.patch_embed.proj.weight"
 _PIXELS = ("decoder.pred.weight", "decoder.pred.bias")
 FIXED = ("pos_embed", "decoder_pos_embed")
 UNUSED = frozenset(FIXED)
-KNOWN = "SAR-JEPA, LoMaR, MAE and FG-MAE with decoder or head, MAE's encoder alone, SARATR-X"
+KNOWN = "SAR-JEPA, LoMaR, MAE and FG-MAE with decoder or head, MAE's encoder alone, I-JEPA, SARATR-X"
 _DO = "save it again with torch.save({'model': state_dict}, path)"
 
 
@@ -189,11 +189,6 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise CheckpointError("no state dict found", where=str(path), do=_DO)
     return state
-
-
-def read_published(path: Path) -> dict[str, Tensor]:
-    """The tensors of a published `.pth` under our names, of MAE with the fixed positions that are added here."""
-    return checked(read_state(path), str(path))
 
 
 def checked(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:

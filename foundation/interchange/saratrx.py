@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from foundation.errors import CheckpointError
-from foundation.files import write_whole
+from foundation.files import check_new, write_whole
 from foundation.models.hivit import UNITS, HiViT, Shape
 
 _HEAD = 64
@@ -60,11 +60,15 @@ def from_saratrx(published: Mapping[str, Tensor], where: str = "") -> tuple[dict
 
 
 def write_hivit(state: Mapping[str, Tensor], shape: Shape, out: Path, origin: str) -> Path:
-    """A folder that `load_export` reads; every tensor must find its place. Raises CheckpointError."""
+    """A folder that `load_export` reads; every tensor must find its place.
+
+    Raises CheckpointError, and StorageError for a folder that is not empty.
+    """
     from safetensors.torch import save
 
     from foundation.training.checkpoint import check_tensors, shapes
 
+    check_new(out, "an import")
     check_tensors(shapes(state), shapes(HiViT(shape).state_dict()), where=origin)
     facts = {"format": FORMAT, "hivit": shape._asdict(), "pool": "avg", "imported_from": origin}
     write_whole(out / "model.safetensors", save({n: t.contiguous() for n, t in state.items()}, {"format": "pt"}))

@@ -48,7 +48,7 @@ class Source:
     def parts(self) -> dict[str, Any]:
         """What builds the same encoder again, for `rebuilt`; nothing of the machine it was trained on."""
         tree = to_dict(self.config)
-        model = tree["model"] | {"attention": "auto"}
+        model = tree["model"] | {"attention": "auto", "init": None}
         return {"model": model, "objective": tree["objective"], "data": {"image_size": self.image_size}}
 
     def facts(self) -> dict[str, Any]:

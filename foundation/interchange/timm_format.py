@@ -32,14 +32,15 @@ def need_timm() -> Any:
 def architecture(source: Source) -> tuple[str, dict[str, Any]]:
     """Name of the encoder in timm and the arguments that differ from its defaults.
 
-    Raises CheckpointError for a patch that no architecture of the family has.
+    Raises CheckpointError for a patch or options that no architecture of the family has.
     """
     model, encoder = source.config.model, source.encoder
+    refuse_options(source, "export with --format torch or onnx")
     if model.patch not in PATCHES:
         raise CheckpointError(
             f"timm has no sar_vit of patch {model.patch}: {', '.join(map(str, PATCHES))} are registered",
             where=f"model.patch = {model.patch}",
-            do="export with --format torch, huggingface or onnx",
+            do="export with --format torch or onnx",
         )
     arguments: dict[str, Any] = {"in_chans": encoder.channels, "global_pool": source.pool}
     if not encoder.relative:
@@ -49,6 +50,17 @@ def architecture(source: Source) -> tuple[str, dict[str, Any]]:
     if registers := encoder.prefix - encoder.classes:
         arguments["registers"] = registers
     return name(model.size, model.patch), arguments
+
+
+def refuse_options(source: Source, do: str) -> None:
+    """Raise CheckpointError for what no architecture in timm is registered with, by its keys in the configuration."""
+    model = source.config.model
+    plain = {"layer_scale": None, "mlp": "gelu", "qk_norm": False}
+    other = {key: value for key in plain if (value := getattr(model, key)) != plain[key]}
+    other |= {"positions": model.positions} if model.positions == "learned" else {}
+    if other:
+        keys = ", ".join(f"model.{key} = {value!r}" for key, value in other.items())
+        raise CheckpointError("the architectures in timm have no such encoder", where=keys, do=do)
 
 
 def timm_config(source: Source, architecture: str, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -95,6 +107,7 @@ def stock_state(source: Source) -> tuple[str, dict[str, Any], dict[str, Tensor]]
     """
     timm, encoder, model = need_timm(), source.encoder, source.config.model
     do = "export with --format timm, and `import foundation` where it is loaded"
+    refuse_options(source, "export with --format torch or onnx")
     if encoder.relative:
         what = "a stock vit of timm cannot hold tables of relative positions"
         raise CheckpointError(what, where="model.positions = 'relative'", do=do)

@@ -18,9 +18,9 @@ DECODER = {"width": 24, "depth": 1, "heads": 2}
 
 
 def config_of(positions: str = "relative", side: int = 32, **model: Any) -> Config:
-    """A nano encoder under SAR-JEPA, or under MAE with fixed positions."""
+    """A nano encoder under SAR-JEPA, or under MAE with other positions."""
     objective: dict[str, Any] = {"name": "sar-jepa", "windows": 1, "window": 3}
-    if positions == "sincos":
+    if positions != "relative":
         objective = {"name": "mae", "mask_ratio": 0.5}
     parts = {"size": "nano", "patch": 8, "decoder": DECODER, "positions": positions, **model}
     return from_dict(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,3 +119,18 @@ def test_two_checkpoints_scored_into_one_run_are_compared_by_naming_it_twice(tmp
     (found,) = paired.compare_runs(tmp_path, tmp_path)
     assert {"100 samples" in found.first, "200 samples" in found.first} == {True, False}
     assert abs(found.difference) == pytest.approx(2 / 30)
+
+
+def test_a_pair_that_was_measured_differently_says_how(tmp_path: Path, command: Callable[..., Any]) -> None:
+    facts = "4,096 samples, averaged, corpus 0123abcd, train {}, crop {}, {} px"
+    one, two = facts.format("aaaa1111", None, 128), facts.format("bbbb2222", 64, 96)
+    assert paired.settings(one) == {"training images": "aaaa1111", "crop": "None", "image size": "128 px"}
+    assert paired.settings(f"{one}, 20 epochs")["epochs"] == "20"
+    assert paired.settings("") == {}
+    write(tmp_path / "a", [answers(wrong_at(30, 1), weights=one), answers(wrong_at(30, 1), protocol="linear")])
+    write(tmp_path / "b", [answers(wrong_at(30, 2), weights=two), answers(wrong_at(30, 1), protocol="linear")])
+    found = paired.compare_runs(tmp_path / "a", tmp_path / "b")
+    told = "training images aaaa1111 and bbbb2222, crop None and 64, image size 128 px and 96 px"
+    assert [each.differing for each in found] == [told, ""]
+    lines = command("paired", tmp_path / "a", tmp_path / "b").out.splitlines()
+    assert [line for line in lines if "NOT ALIKE" in line] == [f"NOT ALIKE     knn, a and b: {told}"]

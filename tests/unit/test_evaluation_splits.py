@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -60,6 +61,34 @@ def test_the_file_of_a_catalogs_own_splits_gives_the_same_images_in_the_same_ord
     assert found.train_data == found.split.sha256 != direct.train_data
     assert found.split.counts() == {"train": {"T62": 6, "T72": 6}, "test": {"T62": 6, "T72": 6}}
     assert {row.group for row in found.split.side("test")} == {"test-0", "test-1", "test-2"}
+
+
+def test_groups_and_images_are_those_of_their_own_source_where_keys_are_the_same(tmp_path: Path) -> None:
+    """Keys are counters, so two catalogs, and two sources of one, have the same."""
+    data, test = tmp_path / "data", tmp_path / "test"
+    renamed = [replace(r, key=r.key.replace("test", "train")) for r in chips("test", 12)]
+    more = [replace(r, meta={"scene": "more"}) for r in chips("train", 4, offset=9)]
+    pack(data, [SourceSpec("a", split="train", records=chips("train", 12))])
+    pack(data, [SourceSpec("b", split="train", records=more)])
+    pack(test, [SourceSpec("test", split="test", records=renamed)])
+    found = choose(str(data), str(test), DataConfig())
+    groups = [Counter(row.group for row in found.split.side(side)) for side in ("train", "test")]
+    assert groups == [{"more": 4} | dict.fromkeys(("train-0", "train-1", "train-2"), 4),
+                      dict.fromkeys(("test-0", "test-1", "test-2"), 4)]  # fmt: skip
+    assert found.split.shared_groups() == []
+    again = choose(str(data), str(test), DataConfig(), splits.write(found.split, tmp_path / "split.json"))
+    assert (again.tested.samples, again.test.hashes) == (12, found.test.hashes)
+
+
+def test_an_image_that_was_packed_without_its_class_too_is_found_with_it(tmp_path: Path) -> None:
+    records = [*chips("train", 12)]
+    pack(tmp_path, [SourceSpec("a", split="train", records=[replace(record, label=None) for record in records])])
+    pack(tmp_path, [SourceSpec("b", split="train", records=records)])
+    pack(tmp_path, [SourceSpec("test", split="test", records=chips("test", 12))])
+    direct = choose(str(tmp_path), None, DataConfig())
+    for rename in (lambda r: r, lambda r: r._replace(key="of another packing")):
+        found = chosen(tmp_path, changed(direct.split, rename), tmp_path)
+        assert (found.train.hashes, found.train.y.tolist()) == (direct.train.hashes, direct.train.y.tolist())
 
 
 def test_a_file_can_be_read_by_people_and_knows_when_it_was_changed(packed: Path, tmp_path: Path) -> None:
@@ -236,6 +265,12 @@ def test_draws_that_come_with_a_split_file_are_used(packed: Path, tmp_path: Path
     assert (draws.folder / path.name).read_bytes() == path.read_bytes()  # type: ignore[operator]
     assert torch.equal(draws.draw(found.train, found.test, 2, 7), index)
     assert Draws().folder is None
+    (given / "mine.draws" / path.name).write_text("{}")
+    _, draws = found.keep(tmp_path / "run")
+    with pytest.raises(DataError, match="this is no file of a draw") as caught:
+        draws.draw(found.train, found.test, 2, 7)
+    assert f"where: {given / 'mine.draws' / path.name}" in str(caught.value)
+    assert f"delete it and its copy {mine}" in str(caught.value)
 
 
 def test_a_split_file_may_turn_the_splits_of_a_catalog_around(packed: Path, tmp_path: Path) -> None:

@@ -152,6 +152,20 @@ def test_the_attentive_probe_finds_the_one_patch_that_tells() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_patch_tokens_are_standardised_by_all_columns_and_the_epochs_that_were_made_are_kept() -> None:
+    # As many tokens as make every 4th the step of a strided sample, and it meets column 0 alone.
+    columns = torch.arange(4.0).repeat(attentive.SAMPLED)[:, None]
+    sample = attentive._sample(columns, 0)
+    assert len(sample) == attentive.SAMPLED
+    assert sample.mean().item() == pytest.approx(1.5, abs=0.02)
+    assert torch.equal(sample, attentive._sample(columns, 0))
+    assert torch.equal(attentive._sample(columns[:10], 0), columns[:10])
+    assert [attentive.Setting(1e-3, 0).made(n) for n in (8, 128, 255, 1280, 100_000)] == [150, 150, 150, 20, 20]
+    y = torch.arange(8) % 2
+    chosen = attentive.predict(torch.eye(8)[:, None], y, torch.eye(8)[:1, None], 2)[1]
+    assert chosen["epochs"] == 150
+
+
 def test_tokens_that_are_not_finite_stop_the_probe() -> None:
     with pytest.raises(NumericsError, match="loss of the attentive probe is nan") as caught:
         attentive.predict(torch.full((8, 2, 4), torch.inf), torch.arange(8) % 2, torch.zeros(1, 2, 4), 2)

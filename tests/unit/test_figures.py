@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import fsum
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from foundation.evaluation.figures.features import class_styles, embedding_figur
 from foundation.evaluation.figures.scores import fewshot_figure, score_figure
 from foundation.evaluation.predictions import Predictions
 from foundation.evaluation.scores import Score
+from foundation.evaluation.scores import score as score_of
 
 NAME = "$\\frac{_<b>"  # an unfinished formula for who takes it for one
 
@@ -125,7 +127,7 @@ def test_reliability_is_the_share_of_right_answers_by_confidence(tmp_path: Path,
         (0.55, pytest.approx(1 / 3, abs=1e-6), 0.5),
         (0.95, pytest.approx(2 / 3, abs=1e-6), 0.5),
     ]
-    assert calibration_error(bins) == pytest.approx((0.55 - 1 / 3) / 2 + (0.95 - 2 / 3) / 2)
+    assert calibration_error(p) == pytest.approx((0.55 - 1 / 3) / 2 + (0.95 - 2 / 3) / 2)
     twice = reliability(predictions([0, 1, 0, 0, 1, 1], [[sure, sure, sure, unsure, unsure, unsure]] * 2))
     assert [(b.low, b.high) for b in twice] == [(b.low, b.high) for b in bins], "a second draw adds no images"
     reliability_figure({"linear": [p]}, tmp_path / "r.png")
@@ -135,6 +137,16 @@ def test_reliability_is_the_share_of_right_answers_by_confidence(tmp_path: Path,
     assert isinstance(bars, LineCollection)
     np.testing.assert_allclose(np.array(bars.get_segments())[:, :, 1], [(b.low, b.high) for b in bins])
     assert "ECE 25.0 %" in str(box.get_label())
+
+
+def test_the_figure_tells_the_calibration_error_of_the_table(tmp_path: Path, drawn: list[Figure]) -> None:
+    low, high = [0.61, 0.39, 0.0], [0.69, 0.31, 0.0]  # one of ten bins, two of fifteen
+    one, other = [low, low, high, high], [high, high, low, low]
+    reliability_figure({"linear": [p := predictions([0, 1, 0, 0], [one, other])]}, tmp_path / "r.png")
+    expected = fsum(score_of("e", "linear", "calibration error", p.y, [*p.probabilities], p.seeds).per_seed) / 2
+    assert calibration_error(p) == pytest.approx(expected)
+    (box,) = drawn[0].axes[0].containers
+    assert f"ECE {100 * expected:.1f} %" in str(box.get_label())
 
 
 def test_the_wilson_interval_is_the_published_one() -> None:

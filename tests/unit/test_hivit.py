@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foundation.errors import CheckpointError
+from foundation.errors import CheckpointError, StorageError
 from foundation.interchange import import_published
 from foundation.interchange.export import load_export
 from foundation.interchange.saratrx import from_saratrx
@@ -149,6 +149,15 @@ def test_the_published_names_and_shapes_of_base_fit_our_encoder() -> None:
     with torch.device("meta"):
         assert shapes(ours) == shapes(HiViT(shape).state_dict())
         assert 65e6 < sum(p.numel() for p in HiViT(shape).parameters()) < 67e6  # HiViT-B has 66 M
+
+
+def test_an_import_overwrites_nothing(tmp_path: Path) -> None:
+    torch.save(published(), tmp_path / "a.pth")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("mine")
+    with pytest.raises(StorageError, match="an import is written into a new folder"):
+        import_published(tmp_path / "a.pth", tmp_path / "out")
+    assert [p.read_text() for p in (tmp_path / "out").iterdir()] == ["mine"]
 
 
 @pytest.mark.parametrize("size", [(224, 224), (64, 96), (16, 16)])

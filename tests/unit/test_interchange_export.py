@@ -21,6 +21,7 @@ from foundation.interchange import export as exporting
 from foundation.interchange import import_published, timm_format
 from foundation.interchange.export import FORMATS, export, load_export
 from foundation.interchange.published import load_encoder
+from foundation.interchange.saratrx import FORMAT
 from foundation.interchange.source import images, open_source
 from foundation.objectives.registry import build
 
@@ -72,6 +73,12 @@ def test_an_exported_encoder_is_built_and_loaded_again_with_the_same_tensors(
     assert {oct(p.stat().st_mode & 0o444) for p in made.path.iterdir()} == {"0o444"}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert "x/corpus" not in (made.path / "config.json").read_text()
+
+
+def test_where_the_weights_began_is_no_part_of_an_export(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", config_of(init="/home/someone/weights.pth"))
+    out = export(folder, tmp_path / "out", "torch").path
+    assert not any("someone" in (out / name).read_text() for name in ("config.json", "README.md"))
 
 
 @pytest.mark.parametrize("which", ["newest", "averaged", "best"])
@@ -278,7 +285,11 @@ def test_the_command_line_prints_the_folder_and_the_difference(run: Path, tmp_pa
     ("model", "form", "message"),
     [
         ({"patch": 4}, "timm", "timm has no sar_vit of patch 4: 8, 14, 16, 32 are registered"),
-        ({"patch": 4}, "huggingface", "export with --format torch, huggingface or onnx"),
+        ({"patch": 4}, "huggingface", "export with --format torch or onnx"),
+        ({"layer_scale": 0.1}, "timm", "model.layer_scale = 0.1"),
+        ({"mlp": "swiglu", "qk_norm": True}, "huggingface", "model.mlp = 'swiglu', model.qk_norm = True"),
+        ({"positions": "learned"}, "timm", "model.positions = 'learned'"),
+        ({"layer_scale": 0.1, "positions": "sincos"}, "timm-stock", "export with --format torch or onnx"),
         ({}, "timm-stock", "a stock vit of timm cannot hold tables of relative positions"),
         ({"positions": "sincos"}, "timm-stock", "timm has no vit_nano_patch8_224"),
     ],
@@ -301,6 +312,16 @@ def test_a_folder_with_something_in_it_is_left_alone(run: Path, tmp_path: Path) 
     assert export(run, tmp_path / "empty", "torch").path == tmp_path / "empty"
 
 
+def test_an_export_goes_into_the_folder_one_works_in(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert export(run, Path(), "torch").path == tmp_path / "here"
+    assert load_export(Path())[1]["samples"] == 4096
+    assert [p.name for p in tmp_path.iterdir()] == ["here"]
+
+
 def test_a_run_without_what_was_asked_for_is_named(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", config_of())
     text = refusal(CheckpointError, folder, tmp_path / "o", "torch", best=True)
@@ -316,6 +337,8 @@ def test_a_run_without_what_was_asked_for_is_named(tmp_path: Path) -> None:
         ("[]", "this is no exported encoder: TypeError"),
         ('{"architecture": "vit"}', "this is no exported encoder: KeyError 'foundation'"),
         ('{"foundation": {"format": "of tomorrow"}}', "this is no export of the format «sar-foundation encoder"),
+        (f'{{"foundation": {{"format": "{FORMAT}"}}}}', "says how the encoder is built: KeyError 'parts'"),
+        (f'{{"foundation": {{"format": "{FORMAT}", "hivit": {{"width": 3}}}}}}', "is built: TypeError"),
     ],
 )
 def test_a_folder_that_is_no_export_is_named(run: Path, tmp_path: Path, content: str | None, message: str) -> None:

@@ -46,6 +46,16 @@ def test_importing_foundation_loads_neither_torch_nor_timm_and_timm_knows_the_fa
     assert run(code).split() == ["False", "False", "True", "True", "SourceFileLoader", "False"]
 
 
+def test_looking_for_timm_before_its_import_does_not_lose_the_family() -> None:
+    code = (
+        "import sys, foundation; from importlib.util import find_spec;"
+        "print(find_spec('timm').name, find_spec('timm').name);"
+        "import timm; print(timm.is_model('sar_vit_base_patch16_224'), type(timm.__loader__).__name__,"
+        "any('AfterTimm' in type(f).__name__ for f in sys.meta_path))"
+    )
+    assert run(code).split() == ["timm", "timm", "True", "SourceFileLoader", "False"]
+
+
 def test_timm_that_was_imported_first_knows_the_family_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm_registry, "MODELS", "colorsys")  # a module that nobody has imported
     monkeypatch.delitem(sys.modules, "colorsys", raising=False)

@@ -69,7 +69,7 @@ def reliability_figure(panels: Mapping[str, Sequence[Predictions]], path: Path) 
             bins = reliability(p)
             x, y = [b.confidence for b in bins], [b.accuracy for b in bins]
             error = [[b.accuracy - b.low for b in bins], [b.high - b.accuracy for b in bins]]
-            label = safe(f"{p.encoder}: ECE {100 * calibration_error(bins):.1f} %")
+            label = safe(f"{p.encoder}: ECE {100 * calibration_error(p):.1f} %")
             style: dict[str, Any] = {
                 "color": colour[p.encoder],
                 "marker": MARKERS[number % len(MARKERS)],
