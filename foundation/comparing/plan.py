@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, field_validator
 
 from foundation import config as configs
-from foundation.config import Config, Section, flatten
+from foundation.config import Config, flatten
+from foundation.config_section import Section
 from foundation.config_text import Problem, field_problems, known_paths, read_tree, summary
 from foundation.errors import ConfigError
 

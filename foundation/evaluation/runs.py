@@ -91,8 +91,9 @@ def judge_run(
         "random_init": f"one initialisation, seed {config.seed}; the interval does not cover it",
     }
     new = [replace(one, settings={**one.settings, **origin}) for each in found for one in each.scores]
-    facts = (origin["weights"], origin["data"], f"train {chosen.train_data[:8]}", f"crop {crop}")
-    text = ", ".join(map(str, (*facts, f"{config.data.image_size} px")))
+    facts: tuple[object, ...] = (origin["weights"], origin["data"], f"train {chosen.train_data[:8]}", f"crop {crop}")
+    facts += (f"{config.data.image_size} px", *([f"{epochs} epochs"] if protocol == "finetune" else []))
+    text = ", ".join(map(str, facts))
     files = predictions.write(run, [replace(each.predictions, measurement=text) for each in found])
     pages = keep(run, new)
     if report:
@@ -144,7 +145,7 @@ def leaked(run: Path, learnt: Catalog | None, tested: Catalog, fingerprint: str 
 
 def measurement(score: Score) -> tuple[Any, ...]:
     """What makes two scores the same measurement."""
-    keys = ("weights", "data", "train_data", "crop", "image_size")
+    keys = ("weights", "data", "train_data", "crop", "image_size", "epochs")
     return score.encoder, score.protocol, score.metric, *(score.settings.get(key) for key in keys)
 
 

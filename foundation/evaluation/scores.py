@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from foundation.evaluation.metrics import METRICS, certain, resampled, resamples
+from foundation.evaluation.metrics import METRICS, certain, interval, resampled, resamples
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -83,12 +83,11 @@ def t_interval(values: Sequence[float], within: tuple[float, float] = (0.0, 1.0)
 
 
 def bootstrap(y: Tensor, probabilities: Tensor, metric: str, seed: int = 0, count: int = 1000) -> tuple[float, float]:
-    """Ends of the 95 % percentile interval of `metric` over resampled test sets; addressed by `seed`."""
+    """Ends of the 95 % interval of `metric` over resampled test sets; addressed by `seed`."""
     probabilities = certain(y, probabilities)
     parts = resamples(seed, "evaluation/bootstrap", count, len(y))
     values = torch.cat([resampled(metric, y, probabilities, counts) for counts in parts])
-    low, high = values.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64))
-    return low.item(), high.item()
+    return interval(metric, METRICS[metric](y, probabilities), values)
 
 
 def score(

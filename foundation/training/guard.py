@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from foundation.config import MonitorConfig
+from foundation.config_records import MonitorConfig
 
 
 def feature_std(x: Tensor) -> float:
