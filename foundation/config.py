@@ -17,8 +17,10 @@ import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from foundation.config_conflicts import conflicts
-from foundation.config_records import MonitorConfig, TrackingConfig
-from foundation.config_section import Positive, Section, Unit, one_of
+from foundation.config_records import MonitorConfig as MonitorConfig  # also for importers of this file
+from foundation.config_records import TrackingConfig as TrackingConfig
+from foundation.config_section import Positive, Unit, one_of
+from foundation.config_section import Section as Section
 from foundation.config_text import (
     Problem,
     allowed,
@@ -29,11 +31,6 @@ from foundation.config_text import (
     without_errors,
 )
 
-__all__ = (
-    *("AmplitudeConfig", "DataConfig", "DecoderConfig", "ModelConfig", "ObjectiveConfig", "OptimConfig", "TrainConfig"),
-    *("MonitorConfig", "TrackingConfig", "Config", "Section", "Positive", "Unit", "Row", "model_sizes", "one_of"),
-    *("from_dict", "load", "to_dict", "flatten", "resolved_yaml", "config_hash", "describe"),
-)
 WRITTEN = ("s3", "gs", "gcs", "file", "memory")  # kinds of URL that take files
 
 
