@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator
 
-from foundation.config_section import Section
+from foundation.config import Section
 from foundation.config_text import Problem, field_problems, known_paths, read_tree, summary
 from foundation.errors import ConfigError
 from launch import accelerated
