@@ -64,8 +64,7 @@ class JointEmbeddingPrediction:
         o, registers, patches = self.config.objective, self.config.model.registers, self.grid[0] * self.grid[1]
         dim = FAMILY[self.config.model.size].dim
         if blocks is None:
-            batch = min(self.config.train.global_batch, 512)  # the smallest of more is hardly smaller
-            m, kept = typical(batch, self.grid, o.blocks, *self.sizes)
+            m, kept = typical(self.config.train.global_batch, self.grid, o.blocks, *self.sizes)
         else:
             m, kept = blocks.target[0] * blocks.target[1], blocks.kept
         return Tokens(
