@@ -149,7 +149,7 @@ def _spawn(
 def _children() -> Iterator[Callable[..., subprocess.Popen[bytes] | None]]:
     """A function that starts processes; when the block is left by an exception or SIGTERM they are asked to stop."""
     running: list[subprocess.Popen[bytes]] = []
-    stopping = False
+    stopping, one_at_a_time = False, threading.Lock()  # no process begins unseen by the one that asks them to stop
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
@@ -158,16 +158,18 @@ def _children() -> Iterator[Callable[..., subprocess.Popen[bytes] | None]]:
     before = signal.signal(signal.SIGTERM, stop) if mine else None
 
     def start(command: Sequence[str], **how: Any) -> subprocess.Popen[bytes] | None:
-        if stopping:
-            return None
-        # A session of its own: an interruption by hand reaches this process alone, which asks the others to save.
-        running.append(subprocess.Popen(command, start_new_session=True, **how))
-        return running[-1]
+        with one_at_a_time:
+            if stopping:
+                return None
+            # A session of its own: an interruption by hand reaches this process alone, which asks the others to save.
+            running.append(process := subprocess.Popen(command, start_new_session=True, **how))
+            return process
 
     try:
         yield start
     except BaseException:
-        stopping = True
+        with one_at_a_time:
+            stopping = True
         for process in running:
             process.send_signal(signal.SIGTERM)
         raise

@@ -57,8 +57,8 @@ class Score:
         parts = [f"{key} {self.settings[key]}" for key in ("weights", "data", "crop") if self.settings.get(key)]
         if isinstance(seen := self.settings.get("pretrained_on_test_images"), int) and seen:
             parts.append(f"PRETRAINED ON {seen} OF THE TEST IMAGES")
-        verdict = self.settings.get("leakage") or {}
-        if verdict.get("verdict") == "unknown" or (verdict.get("verdict") == "leaked" and not verdict.get("identical")):
+        verdict = self.settings.get("leakage")
+        if isinstance(verdict, dict) and verdict.get("verdict") in ("unknown", "leaked"):
             parts.append(str(verdict["sentence"]))
         if shared := self.settings.get("shared_groups"):
             parts.append(f"TRAIN AND TEST SHARE {shared} GROUPS")

@@ -193,7 +193,8 @@ def test_an_interruption_asks_running_cells_to_save_and_begins_no_other(
         run_all(load(compared()), [sys.executable, str(script), str(tmp_path)], 2, interrupted)
     began, stopped = ({int(p.name[-1]) for p in tmp_path.glob(f"{word}-?")} for word in ("began", "stopped"))
     assert {0, 1} <= began
-    assert stopped == began - {0}
+    assert stopped <= began - {0}  # one that is asked before it listens ends as well
+    assert 1 in stopped
     assert 3 not in began
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
