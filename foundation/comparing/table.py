@@ -32,10 +32,8 @@ def cell(value: Value) -> str:
     if value.difference is None:
         return text
     mean, low, high = value.difference
-    if len(value.values) < FEWEST:
-        return f"{text} ({100 * mean:+.1f})"
-    verdict = "better" if low > 0 else "worse" if high < 0 else "no difference shown"
-    return f"{text} ({100 * mean:+.1f}, {verdict})"
+    verdict = ", better" if low > 0 else ", worse" if high < 0 else ""
+    return f"{text} ({100 * mean:+.1f}{verdict if len(value.values) >= FEWEST else ''})"
 
 
 def caption(comparison: Comparison, results: Results) -> list[str]:
@@ -47,7 +45,7 @@ def caption(comparison: Comparison, results: Results) -> list[str]:
         *(f"WARNING: {warning}." for warning in results.warnings),
         f"Accuracy in %: mean over pretraining seeds {seeds} ± half of the 95 % t-interval; few-shot scores are means "
         f"over {spec.evaluate.draws} draws. In brackets the difference from {spec.rows[0].name}, paired by seed, and "
-        "whether its 95 % interval leaves out 0 (no correction for the number of rows).",
+        "what is shown of it, if its 95 % interval leaves out 0 (no correction for the number of rows).",
         f"The first row: {f['encoder']}, {f['samples']:,} samples, {f['global_batch']} per update. Rows differ in "
         f"{', '.join(f['differing'])}, and in nothing else"
         + (f"; so not in task alone, but in {', '.join(unlike)} too." if unlike else "."),
