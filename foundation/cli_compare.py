@@ -19,7 +19,7 @@ ARRAY = "SLURM_ARRAY_TASK_ID"
 
 
 def compare_command(
-    comparison: Annotated[Path, typer.Argument(help="YAML file, e.g. configs/compare/targets-nano.yaml")],
+    comparison: Annotated[Path, typer.Argument(help="YAML file, e.g. configs/compare/objectives-nano.yaml")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Changes to keys of every row, e.g. data.catalog=corpora")
     ] = None,

@@ -62,16 +62,18 @@ def evaluate_command(
     ] = 128,
     device: Annotated[str, typer.Option(help="Device, e.g. cpu or cuda")] = "cpu",
     ema: Annotated[bool, typer.Option(help="Take the running average of the weights (optim.ema_half_life)")] = False,
+    best: Annotated[bool, typer.Option("--best", help="The checkpoint that the online probe found best")] = False,
 ) -> None:
     """Score an encoder, beside the untrained encoder, the pixels and the background-only control."""
     from foundation.evaluation.leakage import warnings
     from foundation.evaluation.runs import evaluate_run
     from foundation.evaluation.scores import to_table
+    from foundation.training.checkpoint import best as best_of
 
     check_device(device)
     with console.status("reading the images") as status:
         scores = evaluate_run(
-            checkpoint,
+            Path(best_of(checkpoint)) if best else checkpoint,
             data,
             protocol.value,
             test=test,

@@ -52,7 +52,8 @@ def test_every_command_has_help(command: Command, words: tuple[str, ...]) -> Non
     code, out, _ = command(*words, "--help")
     assert code == 0
     assert "Usage:" in out
-    description = [line for line in out.splitlines() if line.strip()][1]
+    # A usage that is too long goes on in an indented line.
+    description = [line for line in out.splitlines() if line.strip() and not line.startswith("    ")][1]
     assert len(description.split()) >= 3, description
 
 
@@ -293,3 +294,9 @@ def test_the_demo_runs_to_its_verdict_and_can_be_repeated(
     assert code == 1, err
     assert "resumed from samples-000000000096" in err
     assert "linear probe: pretrained 50.0 % DOES NOT BEAT random-init 55.0 %" in out
+
+
+def test_the_best_checkpoint_needs_a_probe_that_named_one(finished: Path, catalog: Path, command: Command) -> None:
+    outcome = command("evaluate", finished, "--data", catalog, "--best")
+    assert outcome.code == 2
+    assert "no checkpoint is pinned as the best by a probe" in outcome.err
