@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from foundation.comparing.cells import MARK, finished
@@ -36,6 +36,8 @@ class Value:
     high: float
     values: tuple[float, ...]
     difference: tuple[float, float, float] | None = None
+    untrained: float = math.nan
+    """of the same network without training, mean over the same seeds"""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Results:
 def collect(comparison: Comparison) -> Results:
     """Read the scores of every finished cell. Rows without any are left out; controls are those of the first row.
 
+    Rows whose networks differ have untrained encoders of their own, which stand as further controls.
+
     Raises DataError when cells were judged on different images: their data has changed on the way.
     """
     scores = {(c.row, c.seed): _scores(c) for c in comparison.cells if finished(comparison, c)}
@@ -66,7 +70,10 @@ def collect(comparison: Comparison) -> Results:
         by_seed = {seed: found for (row, seed), found in scores.items() if row == name}
         for protocol in protocols if by_seed else ():
             values = _values(by_seed, PRETRAINED, protocol)
-            rows.setdefault(name, []).append(_value(name, protocol, values, base.get(protocol) if base else None))
+            value = _value(name, protocol, values, base.get(protocol) if base else None)
+            own = _values(by_seed, RANDOM, protocol).values()
+            value = replace(value, untrained=math.fsum(own) / len(own) if own else math.nan)
+            rows.setdefault(name, []).append(value)
             if name == names[0]:
                 base[protocol] = values
     first = next(iter(rows), "")
@@ -75,6 +82,10 @@ def collect(comparison: Comparison) -> Results:
         name: [_value(name, protocol, _values(by_seed, name, protocol), None) for protocol in protocols]
         for name in dict.fromkeys(s.encoder for found in by_seed.values() for s in found if s.encoder != PRETRAINED)
     }
+    for same in _networks(rows)[1:]:
+        by_seed = {seed: found for (row, seed), found in scores.items() if row == same[0]}
+        name = f"{RANDOM} of {', '.join(same)}"
+        controls[name] = [_value(name, p, _values(by_seed, RANDOM, p), None) for p in protocols]
     health = {name: h for name in rows if (h := _health(comparison.of(name)))}
     every = [s for found in scores.values() for s in found]
     if len(tests := {(s.settings.get("data"), s.settings.get("train_data")) for s in every}) > 1:
@@ -82,6 +93,14 @@ def collect(comparison: Comparison) -> Results:
         do = "delete judged.json of the cells with the older ones, and run the comparison again"
         raise DataError(f"cells were judged on different images: {told}", where=str(comparison.folder), do=do)
     return Results(protocols, rows, controls, health, missing, warnings(every), facts(comparison))
+
+
+def _networks(rows: Mapping[str, list[Value]]) -> list[list[str]]:
+    """The rows in groups that have the same untrained encoder, by its scores."""
+    groups: dict[tuple[float, ...], list[str]] = {}
+    for name, values in rows.items():
+        groups.setdefault(tuple(value.untrained for value in values), []).append(name)
+    return list(groups.values())
 
 
 def _scores(cell: Cell) -> list[Score]:

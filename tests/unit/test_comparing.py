@@ -226,6 +226,20 @@ def test_values_are_means_over_seeds_and_differences_are_paired(compared: Callab
     assert json.loads(json.dumps(results.facts))["seeds"] == [0, 3]
 
 
+def test_a_row_with_another_network_has_an_untrained_encoder_of_its_own(compared: Callable[..., Path]) -> None:
+    found = load(compared())
+    scored(found, {"SAR-JEPA": [0.50, 0.60], "Pixels (raw)": [0.42, 0.51]})
+    for c in found.of("Pixels (raw)"):
+        mark = json.loads((c.config.run_folder / MARK).read_text())
+        for row in mark["scores"]:
+            row["mean"] = 0.3 if row["encoder"] == "random-init" else row["mean"]
+        (c.config.run_folder / MARK).write_text(json.dumps(mark))
+    results = collect(found)
+    assert [v.values for v in results.controls["random-init"]] == [(0.10, 0.13)]
+    assert [v.values for v in results.controls["random-init of Pixels (raw)"]] == [(0.3, 0.3)]
+    assert results.rows["Pixels (raw)"][0].untrained == pytest.approx(0.3)
+
+
 def test_scores_of_other_evaluations_do_not_enter(compared: Callable[..., Path]) -> None:
     found = load(compared())
     scored(found, {"SAR-JEPA": [0.50, 0.60], "Pixels (raw)": [0.42, 0.51]})
