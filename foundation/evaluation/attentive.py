@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foundation.errors import NumericsError
 from foundation.evaluation.features import Progress
 from foundation.evaluation.probe import held_out
-from foundation.evaluation.tuning import empty_linear, generator
+from foundation.evaluation.tuning import descend, empty_linear, generator
 from shards.addressed import bits, permutation
 
 RATES, DECAYS = (1e-3, 3e-3), (1e-2, 0.3)
@@ -98,15 +97,7 @@ def _learn(tokens: Tensor, y: Tensor, classes: int, seed: int, setting: Setting,
             optimizer.param_groups[0]["lr"] = setting.lr * 0.5 * (1 + math.cos(math.pi * at))
             pick = order[step * size : (step + 1) * size]
             loss = F.cross_entropy(probe(tokens[pick].to(device)), y[pick].to(device))
-            if not loss.isfinite():
-                raise NumericsError(
-                    f"the loss of the attentive probe is {loss.item()}",
-                    where=f"learning rate {setting.lr:g}, epoch {epoch}",
-                    do="check the encoder's weights: its patch tokens may not be finite in fp16",
-                )
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            optimizer.step()
+            descend(optimizer, loss, "attentive probe", f"tokens in fp16, learning rate {setting.lr:g}, epoch {epoch}")
     return probe.eval()
 
 

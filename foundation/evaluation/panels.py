@@ -101,7 +101,7 @@ def model_panels(config: Config, weights: dict[str, Tensor], catalog: Catalog, f
     images = pick_images(catalog, config.data.image_size, count)
     shown = f"images of {', '.join(source.name for source in catalog.sources)}"
     if not isinstance(objective, MaskedReconstruction):  # what is predicted are features, not maps
-        pixels, context, blocks = objective.prepare(images, torch.arange(count)).model_args
+        pixels, context, blocks = objective.prepare(images, torch.arange(count) % config.train.global_batch).model_args
         drawn = block_panels(pixels, context, blocks, config.model.patch, folder / "blocks.png")
         return {f"Context and target blocks ({shown})": drawn}
     masks, targets, predictions = reconstruct(objective, model, images)

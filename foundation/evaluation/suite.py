@@ -69,8 +69,8 @@ def evaluate(
     """
     train, test = sides(catalog, test_catalog)
     task = Task(train, test, image_size, crop, batch, device, report=progress)
-    options = {"mode": mode, "recipe": recipe, "shots": shots, "seeds": seeds, "epochs": epochs}
-    return evaluate_task(encoder_by_name, task, protocol, **options)  # type: ignore[arg-type]
+    how = Options(mode, recipe, shots, seeds, epochs)
+    return [one for found in measure(encoder_by_name, task, protocol, how) for one in found.scores]
 
 
 def sides(catalog: Catalog, test_catalog: Catalog | None = None) -> tuple[Listing, Listing]:

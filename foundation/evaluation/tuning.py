@@ -123,15 +123,17 @@ def learn(
             x = fetch(pick).to(device)
             x = augment(x, recipe, seed, epoch * steps + step) if x.ndim == 4 else x
             loss = F.cross_entropy(model(x), y[pick].to(device), label_smoothing=recipe.smoothing)
-            if not loss.isfinite():
-                raise NumericsError(
-                    f"the few-shot loss is {loss.item()}",
-                    where=f"seed {seed}, epoch {epoch}",
-                    do="check the encoder's weights; lower evaluation's learning rate",
-                )
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            optimizer.step()
+            descend(optimizer, loss, "few-shot", f"seed {seed}, epoch {epoch}")
             if progress is not None:
                 progress(epoch * steps + step + 1, recipe.epochs * steps)
     model.eval()
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, what: str, where: str) -> None:
+    """One update by a 0-d loss of `what`. Raises NumericsError, which says `where`, if it is not finite."""
+    if not loss.isfinite():
+        do = "check the encoder's weights and features; a recipe with a lower rate may help"
+        raise NumericsError(f"the {what} loss is {loss.item()}", where=where, do=do)
+    optimizer.zero_grad(set_to_none=True)
+    torch.autograd.backward(loss)
+    optimizer.step()

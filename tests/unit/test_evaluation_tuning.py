@@ -167,7 +167,7 @@ def test_patch_tokens_are_standardised_by_all_columns_and_the_epochs_that_were_m
 
 
 def test_tokens_that_are_not_finite_stop_the_probe() -> None:
-    with pytest.raises(NumericsError, match="loss of the attentive probe is nan") as caught:
+    with pytest.raises(NumericsError, match="the attentive probe loss is nan") as caught:
         attentive.predict(torch.full((8, 2, 4), torch.inf), torch.arange(8) % 2, torch.zeros(1, 2, 4), 2)
     assert "fp16" in str(caught.value)
 
