@@ -189,6 +189,7 @@ def test_an_interruption_asks_running_cells_to_save_and_begins_no_other(
         assert outcome.number == 0
         os.kill(os.getpid(), signal.SIGTERM)
 
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         run_all(load(compared()), [sys.executable, str(script), str(tmp_path)], 2, interrupted)
     began, stopped = ({int(p.name[-1]) for p in tmp_path.glob(f"{word}-?")} for word in ("began", "stopped"))
@@ -196,7 +197,7 @@ def test_an_interruption_asks_running_cells_to_save_and_begins_no_other(
     assert stopped <= began - {0}  # one that is asked before it listens ends as well
     assert 1 in stopped
     assert 3 not in began
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_command_of_a_cell_carries_file_overrides_and_device() -> None:
