@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from foundation.config import Config, load
-from foundation.training import engine as engines
+from foundation.training import engines
 from foundation.training.data import open_data, open_stream
 from foundation.training.places import home
 from foundation.training.ranks import ALONE

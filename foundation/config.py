@@ -17,6 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from foundation.config_conflicts import conflicts
+from foundation.config_records import GuardConfig as GuardConfig
 from foundation.config_records import MonitorConfig as MonitorConfig  # also for importers of this file
 from foundation.config_records import TrackingConfig as TrackingConfig
 from foundation.config_section import Positive, Unit, one_of
@@ -276,7 +277,7 @@ class TrainConfig(Section):
     @field_validator("engine")
     @classmethod
     def _known_engine(cls, value: str) -> str:
-        return one_of(value, ("auto", *importlib.import_module("foundation.training.engine").ENGINES))
+        return one_of(value, ("auto", *importlib.import_module("foundation.training.engines").ENGINES))
 
     @field_validator("checkpoints")
     @classmethod
@@ -301,6 +302,7 @@ class Config(Section):
     objective: ObjectiveConfig = Field(default=ObjectiveConfig(), description="task")
     optim: OptimConfig = Field(default=OptimConfig(), description="optimiser")
     train: TrainConfig = Field(default=TrainConfig(), description="run")
+    guard: GuardConfig = Field(default=GuardConfig(), description="updates that go wrong")
     monitor: MonitorConfig = Field(default=MonitorConfig(), description="looks at the features")
     tracking: TrackingConfig = Field(default=TrackingConfig(), description="records")
 

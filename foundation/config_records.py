@@ -1,4 +1,4 @@
-"""Sections about what a run says of itself: looks at the features, and where its numbers go."""
+"""Sections about a run that watches itself: its updates, its features, and where its numbers go."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
-from foundation.config_section import Section
+from foundation.config_section import Positive, Section
 
 
 class MonitorConfig(Section):
@@ -51,6 +51,21 @@ class MonitorConfig(Section):
         if value == 1:
             raise ValueError("0 or at least 2: one image differs from none, as if features had collapsed")
         return value
+
+
+class GuardConfig(Section):
+    """When an update is not made, and when the run goes back to an earlier checkpoint."""
+
+    window: int = Field(default=128, ge=8, description="updates that an update is compared with")
+    loss_score: Positive | None = Field(
+        default=20.0, description="a loss is a spike above the median + so many robust deviations; null: never"
+    )
+    update_score: Positive | None = Field(
+        default=20.0, description="the same of the norm of Adam's step, which spikes before the loss does; null: never"
+    )
+    skips: int = Field(default=3, ge=0, description="updates of a window that may go wrong before the run goes back")
+    rewinds: int = Field(default=2, ge=0, description="times that the run goes back (in 20 windows) before it stops")
+    kept: int = Field(default=16, ge=0, description="batches of skipped updates that are written to the run folder")
 
 
 class TrackingConfig(Section):

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from foundation.config import describe
 from foundation.models.families import FAMILY
 from foundation.objectives.registry import OBJECTIVES
-from foundation.training.engine import ENGINES
+from foundation.training.engines import ENGINES
 from kernels.rpe_attention import BACKENDS
 from shards.sources import rows as source_rows
 

@@ -47,6 +47,7 @@ from foundation.training.committed import (
     latest,
     part,
     place_of,
+    position_of,
     read_state,
     recover,
     said,
@@ -165,15 +166,19 @@ def _write(tensors: Mapping[str, Tensor], folder: Place, ranks: Ranks) -> dict[s
     return writer.files
 
 
-def restore(location: Path | str, ranks: Ranks = ALONE) -> tuple[Location | None, dict[str, Any], list[str]]:
+def restore(
+    location: Path | str, ranks: Ranks = ALONE, at_most: int | None = None
+) -> tuple[Location | None, dict[str, Any], list[str]]:
     """The newest checkpoint that is what was saved, its plain values, and «name: reason» for those passed over.
 
+    With `at_most` those of more samples are not looked at.
     The ranks share the checking of the content. Without any checkpoint: (None, {}, reasons). Raises CheckpointError
     when there are committed ones and none is usable: starting anew over their run is the user's decision.
     """
     first, folder = ranks.rank == 0, place_of(location)
     # The list of one rank for all: disks may show other ranks other files.
     names, skipped = together(ranks, lambda: _listed(folder) if first else ([], []))[0]
+    names = [name for name in names if at_most is None or position_of(name) <= at_most]
     for name in names:
         path = folder / name
         reason = next(filter(None, ranks.gather(_reason(path, ranks))), None)

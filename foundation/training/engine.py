@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from importlib import import_module
-from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,12 +20,12 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from foundation.config import Config
-from foundation.errors import ConfigError, LaunchError
+from foundation.errors import LaunchError
 from foundation.models.initialise import Given, initialise
 from foundation.training.average import Average, followed, trained
 from foundation.training.blocks import on_meta, poison, prepare, with_features
 from foundation.training.declared import declared
-from foundation.training.optim import MOMENTS, build_optimizer, rules, schedule
+from foundation.training.optim import MOMENTS, build_optimizer, direction_square, rules, schedule
 from foundation.training.ranks import ALONE, Ranks
 
 JOIN = timedelta(minutes=10)  # until all processes of a run have met
@@ -38,6 +36,7 @@ class Engine:
     """One process that trains alone; the other engines change what they must."""
 
     name = "single"
+    pieces = 1  # processes that one copy of the moments is spread over
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -73,7 +72,8 @@ class Engine:
     ) -> Tensor:
         """Clip, step at this learning rate (and weight decay, where it changes) and drop the gradients.
 
-        Returns the norm of the gradient of the global batch before clipping, on the device.
+        Returns the norm of the gradient of the global batch before clipping, on the device. When it is not finite,
+        weights, moments and their number of steps stay as they are.
         """
         norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
         if (
@@ -81,10 +81,26 @@ class Engine:
         ) is not None:  # a factor of 1 would pass over all gradients for nothing
             nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
         norm = self.whole(norm)
+        optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]  # fused AdamW looks at it
         schedule(optimizer, lr, weight_decay)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return norm.detach().to(self.device)
+
+    def update_norm(self, optimizer: torch.optim.Optimizer) -> Tensor:
+        """The norm of the direction of Adam's last step, see `optim.direction_square`: fp32 [], on the device.
+
+        Like the gradient norm it is that of the whole model, whatever this process holds of it.
+        """
+        moments = [
+            [self.local(state[name]) for name in MOMENTS] for state in self.states(optimizer) if MOMENTS[0] in state
+        ]
+        square = direction_square(moments).to(self.device)
+        return (square if self.pieces == 1 else self.mean(square) * self.pieces).sqrt()
+
+    def states(self, optimizer: torch.optim.Optimizer) -> Iterable[Any]:
+        """The optimiser's state of each tensor that it holds here, always in the same order."""
+        return (optimizer.state[parameter] for group in optimizer.param_groups for parameter in group["params"])
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
@@ -318,78 +334,6 @@ class DDP(Group):
         return nullcontext() if last else model.no_sync()
 
 
-class Row(NamedTuple):
-    """An engine, what it is for, and why it cannot run here ('' when it can)."""
-
-    start: Callable[[Config], Engine]
-    description: str
-    unavailable: str = ""
-
-
-def _lazy(module: str, name: str) -> Callable[[Config], Engine]:
-    return lambda config: getattr(import_module(f"foundation.training.{module}"), name)(config)
-
-
-NO_GROUPS = "" if dist.is_available() else "this torch was built without torch.distributed"
-NO_ZERO = NO_GROUPS or ("" if find_spec("deepspeed") else "needs DeepSpeed: pip install 'sar-foundation[deepspeed]'")
-ENGINES = {
-    "single": Row(Engine, "one process, one device"),
-    "ddp": Row(DDP, "replicas with averaged gradients; a launcher starts the processes", NO_GROUPS),
-    "fsdp2": Row(_lazy("sharded", "FSDP2"), "parameters, gradients and moments spread over all processes", NO_GROUPS),
-    "hsdp": Row(_lazy("sharded", "HSDP"), "spread inside a node (train.shard_size), replicas between nodes", NO_GROUPS),
-    "zero1": Row(_lazy("zero", "Zero1"), "DeepSpeed: moments spread over all processes", NO_ZERO),
-    "zero2": Row(_lazy("zero", "Zero2"), "DeepSpeed: moments and gradients spread", NO_ZERO),
-    "zero3": Row(_lazy("zero", "Zero3"), "DeepSpeed: parameters, moments and gradients spread", NO_ZERO),
-}
-
-
 def unwrap(model: nn.Module) -> nn.Module:
     """The plain model inside an engine's wrapper; checkpoints never show it."""
     return model.module if isinstance(model, DistributedDataParallel) else getattr(model, "module", model)
-
-
-def start(config: Config) -> Engine:
-    """The engine of a configuration; `auto` is what the launcher declared, ddp for several processes without a word.
-
-    Raises ConfigError for an unknown name, LaunchError when configuration and environment contradict each other: N
-    processes with the single engine would be N independent trainings.
-    """
-    name, launched = config.train.engine, declared()
-    if name not in ("auto", *ENGINES):
-        raise ConfigError(f"unknown engine {name!r}", where="train.engine", do=f"choose auto, {', '.join(ENGINES)}")
-    if name == "auto":
-        name = launched.engine or ("ddp" if launched.world_size > 1 else "single")
-    if name == "single" and launched.world_size > 1:
-        raise LaunchError(
-            f"engine single, but {launched.world_size} processes were started: they would train "
-            f"{launched.world_size} separate models",
-            where="train.engine",
-            do="use train.engine=auto, or start one process",
-        )
-    if launched.engine and launched.engine != name:
-        raise LaunchError(
-            f"the configuration says engine {name}, accelerate launch declares {launched.engine}",
-            where="train.engine",
-            do=f"use train.engine=auto, or another accelerate configuration than the one for {launched.engine}",
-        )
-    if config.train.float8 and (name not in ("fsdp2", "hsdp") or config.train.precision != "bf16"):
-        raise ConfigError(
-            f"float8 does not go with engine {name} in {config.train.precision}",
-            where="train.float8",
-            do="use train.engine=fsdp2 or hsdp with train.precision=bf16, or train.float8=false",
-        )
-    if config.train.offload and name in ("single", "ddp"):
-        raise ConfigError(
-            f"engine {name} keeps its state on the device",
-            where="train.offload",
-            do="use train.engine=fsdp2, hsdp or zero1 to zero3, or train.offload=false",
-        )
-    if config.train.shard_size and name != "hsdp":
-        raise ConfigError(
-            f"engine {name} has no groups of processes",
-            where="train.shard_size",
-            do="use train.engine=hsdp, or train.shard_size=null",
-        )
-    if reason := ENGINES[name].unavailable:
-        raise LaunchError(f"engine {name} cannot run here: {reason}", where="train.engine", do="choose another engine")
-    return ENGINES[name].start(config)

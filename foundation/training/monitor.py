@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from foundation.errors import NumericsError
-from foundation.training import guard
+from foundation.training import collapse
 from foundation.training.chosen import Chosen, first
 from foundation.training.data import cache, check_channels, last_position, micro_batch, ruled
 from foundation.training.online import Probe
@@ -88,13 +88,13 @@ class Monitor:
             inputs = objective.prepare(part.images, positions.to(engine.device))
             pair = objective.compared(engine.predict(model, inputs.model_args), inputs)
             new = int((part.numbers < len(self.images)).sum())  # repetitions come last
-            moments.append(tuple(guard.Moments.of(values[:new]) for values in pair))
+            moments.append(tuple(collapse.Moments.of(values[:new]) for values in pair))
         features = self.images.whole(self.ranks, rows)
         predicted, target = zip(*(pair for each in self.ranks.gather(moments) for pair in each), strict=True)
         if self.ranks.rank:
             return {}
-        spread = {"target_variance": guard.variance(target), "prediction_variance": guard.variance(predicted)}
-        return guard.describe(features) | spread
+        spread = {"target_variance": collapse.variance(target), "prediction_variance": collapse.variance(predicted)}
+        return collapse.describe(features) | spread
 
     def _probe(self) -> dict[str, float]:
         engine = self.learner.engine
@@ -110,7 +110,7 @@ class Monitor:
     def _judge(self, metrics: dict[str, float], position: int) -> None:
         """One line, or an error, about what has collapsed."""
         limits = self.learner.config.monitor
-        if (what := guard.collapsed(metrics, limits)) is None:
+        if (what := collapse.collapsed(metrics, limits)) is None:
             return
         if limits.on_collapse == "stop":
             do = f"{ADVICE}; an earlier checkpoint of the run may still be sound"

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from foundation.config import Config, OptimConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter, beside the number of updates
+EPS = 1e-8
+SLICE = 1 << 24  # numbers that are copied at a time
+FEW = 16  # tensors
 
 
 class Rule(NamedTuple):
@@ -49,7 +52,23 @@ def build_optimizer(model: nn.Module, table: Sequence[Rule], optim: OptimConfig)
         for r in table
         if r.names
     ]
-    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=optim.betas, eps=EPS, fused=True)
+
+
+def direction_square(moments: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Square of the norm of m / (sqrt(v) + eps) over pairs (m, v) of Adam's moments: fp32 [], on their device.
+
+    The step itself but for learning rate, decay and bias corrections. A few tensors at a time: copies take memory.
+    """
+    total = torch.zeros((), device=moments[0][0].device) if moments else torch.zeros(())
+    pairs = [pair for m, v in moments for pair in zip(m.view(-1).split(SLICE), v.view(-1).split(SLICE), strict=True)]
+    for first in range(0, len(pairs), FEW):
+        m, v = zip(*pairs[first : first + FEW], strict=True)
+        divisors = torch._foreach_sqrt(v)
+        torch._foreach_add_(divisors, EPS)
+        norms = torch._foreach_norm(torch._foreach_div(m, divisors))
+        total += torch.stack([norm.float() for norm in norms]).square().sum()
+    return total
 
 
 def schedule(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float | None = None) -> None:

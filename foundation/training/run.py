@@ -13,7 +13,7 @@ from torch import Tensor
 
 from foundation.config import Config
 from foundation.evaluation.panels import write_run_report
-from foundation.training import engine as engines
+from foundation.training import engines
 from foundation.training.data import (
     REPLACED,
     check_agreement,
@@ -22,12 +22,15 @@ from foundation.training.data import (
     open_stream,
     report_replaced,
 )
-from foundation.training.finite import Finite
+from foundation.training.engine import Engine
+from foundation.training.evidence import Evidence
+from foundation.training.guard import Guard, Rewind
 from foundation.training.lock import owned
 from foundation.training.meters import Throughput
 from foundation.training.monitor import Monitor, crossed
 from foundation.training.places import home
 from foundation.training.ranks import Ranks, everywhere
+from foundation.training.rewinding import JUMPS, go_back, jumps
 from foundation.training.saving import Saver
 from foundation.training.setup import (
     beginning,
@@ -73,7 +76,7 @@ def written(config: Config) -> list[Path]:
     return [config.run_folder, *([chosen] if config.train.checkpoints and isinstance(chosen, Path) else [])]
 
 
-def _train(config: Config, engine: engines.Engine, ranks: Ranks, resume: bool) -> Path:
+def _train(config: Config, engine: Engine, ranks: Ranks, resume: bool) -> Path:
     catalog = everywhere(ranks, lambda: open_data(config, check=engine.rank == 0))
     initial = beginning(config, ranks, resume)
     learner = build_learner(config, engine, initial.values)
@@ -84,6 +87,8 @@ def _train(config: Config, engine: engines.Engine, ranks: Ranks, resume: bool) -
     record = write_record(learner, catalog) if engine.rank == 0 else []
     if engine.rank == 0:
         (folder / STOP_FILE).unlink(missing_ok=True)  # it was for the run before
+        if state is None:
+            (folder / JUMPS).unlink(missing_ok=True)
     stream = open_stream(config, catalog, engine, position)
     tracker = open_tracker(config, rank=engine.rank, position=position, run_id=state["run_id"] if state else None)
     status: Status = "FAILED"
@@ -98,7 +103,16 @@ def _train(config: Config, engine: engines.Engine, ranks: Ranks, resume: bool) -
         t = config.train
         monitor = Monitor(learner, catalog, engine.ranks(), tracker.note)
         with Saver(home(config), ranks, t.keep, t.keep_every, t.async_checkpoint, folder / COMMITTED) as saver:
-            loop(learner, saver, monitor, catalog, stream, tracker, position)
+            keep = Evidence(learner, stream.reader, engine.rank).keep
+            guard = Guard(config, tracker.event, keep, (state or {}).get("guard"), jumps(config, ranks))
+            while True:
+                try:
+                    loop(learner, saver, monitor, guard, catalog, stream, tracker, position)
+                    break
+                except Rewind as rewind:
+                    saver.wait()
+                    position = go_back(learner, guard, tracker, ranks, rewind)
+                    stream = open_stream(config, catalog, engine, position)
         if engine.rank == 0:
             publish(folder, catalog, tracker)
         status = "FINISHED"
@@ -128,6 +142,7 @@ def loop(
     learner: Learner,
     saver: Saver,
     monitor: Monitor,
+    guard: Guard,
     catalog: Catalog,
     stream: Stream,
     tracker: Tracker,
@@ -139,30 +154,33 @@ def loop(
     meter, replaced, told = Throughput(), 0, 0
     stall: dict[str, float] = {}
     watch = Watch(config.run_folder, engine.agree)
-    steps, finite = whole_steps(stream, train.global_batch // engine.world_size), Finite()
+    steps = whole_steps(stream, train.global_batch // engine.world_size)
+    values: dict[str, Tensor] = {}
     while position < end:
         with meter.waiting():
             batches = next(steps)
         replaced += report_replaced(config, batches, engine.rank)
-        values = train_step(learner, batches, position)
-        finite.note(values["grad_norm"], position)
+        if not guard.passes_over(position):
+            values = train_step(learner, batches, position, limit := guard.limit())
+            guard.note(values, batches, position, limit)
         position += train.global_batch
         meter.update(train.global_batch)
         finished = position >= end
         look, seen = monitor.due(position), dict[str, float]()
         if finished or look or crossed(position, train.log_every, train.global_batch):
-            finite.check()
+            guard.check()
             seen = monitor.look(position) if look else seen
             if (total := engine.sum_int(replaced)) > told:
                 tracker.note(f"{total} damaged samples were replaced so far; see {config.run_folder / REPLACED}")
                 told = total
-            tracker.log(position, reduce_metrics(learner, values, position, batches) | meter.read() | stall | seen)
+            numbers = reduce_metrics(learner, values, position, batches) if values else {}
+            tracker.log(position, numbers | meter.read() | stall | seen)
             stall = {}
         stop = not finished and watch.stop()
         if finished or stop or crossed(position, train.checkpoint_every, train.global_batch):
-            finite.check()
+            guard.check()
             score = monitor.score(seen)
-            stall = {"checkpoint_stall_s": save(learner, saver, catalog, tracker.run_id, position, score)}
+            stall = {"checkpoint_stall_s": save(learner, saver, catalog, tracker.run_id, position, guard, score)}
         if stop:
             saver.wait()
             raise Stopped(position, watch.reason() or "asked on another process")

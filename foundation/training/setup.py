@@ -19,13 +19,14 @@ from foundation.models.families import attention_backends
 from foundation.models.initialise import Given
 from foundation.objectives.registry import build
 from foundation.training import checkpoint
-from foundation.training import engine as engines
 from foundation.training.blocks import on_meta
 from foundation.training.data import FREE, coverage, micro_batch
+from foundation.training.engine import Engine
+from foundation.training.guard import Guard
 from foundation.training.meters import environment
 from foundation.training.optim import rule_table
 from foundation.training.pins import Score
-from foundation.training.places import home
+from foundation.training.places import Location, home
 from foundation.training.ranks import Ranks, everywhere, together
 from foundation.training.saving import Saver
 from foundation.training.step import Learner
@@ -44,7 +45,7 @@ def beginning(config: Config, ranks: Ranks, resume: bool) -> Initial:
     return NOTHING if started else everywhere(ranks, lambda: initial_weights(config, ranks))
 
 
-def build_learner(config: Config, engine: engines.Engine, given: Mapping[str, Given] | None = None) -> Learner:
+def build_learner(config: Config, engine: Engine, given: Mapping[str, Given] | None = None) -> Learner:
     """Objective, model (same initial weights whatever the engine, `given` ones by name), optimiser and augmentation."""
     objective = build(config)
     model, optimizer = engine.setup(objective.build_model, given)
@@ -72,13 +73,19 @@ def describe(learner: Learner, catalog: Catalog) -> list[str]:
     return lines + [f"optimiser group: {name}: {n} tensors, {p} parameters, decay {wd}" for name, n, p, wd in rows]
 
 
-def attention(config: Config, engine: engines.Engine) -> str:
+def attention(config: Config, engine: Engine) -> str:
     """The backends of encoder and decoder, once where they are one."""
     return " and ".join(dict.fromkeys(attention_backends(config, engine.device.type)))
 
 
 def save(
-    learner: Learner, saver: Saver, catalog: Catalog, run_id: str | None, position: int, score: Score | None = None
+    learner: Learner,
+    saver: Saver,
+    catalog: Catalog,
+    run_id: str | None,
+    position: int,
+    guard: Guard | None = None,
+    score: Score | None = None,
 ) -> float:
     """Begin a checkpoint of all that a resume needs: tensors, one integer, and what that integer refers to.
 
@@ -94,6 +101,7 @@ def save(
         "run_id": run_id,
         "engine": engine.name,
         "world_size": engine.world_size,
+        "guard": guard.state() if guard else {},
     }
     saver.save(tensors, state, position, score)
     return time.perf_counter() - began
@@ -131,12 +139,18 @@ def restore(learner: Learner, catalog: Catalog, folder: Path, ranks: Ranks) -> t
             where=str(path),
             do="resume with its config.yaml and the data as it was, or start a new run with another `name`",
         )
+    fill(learner, path, state, ranks)
+    before = f" of {state['engine']} on {state['world_size']} process(es)"
+    return state, [*notes, f"resumed from {path.name}{before}"]
+
+
+def fill(learner: Learner, path: Location, state: Mapping[str, Any], ranks: Ranks) -> None:
+    """Model, optimiser and average as the checkpoint at `path` with these plain values has them."""
     engine, parts = learner.engine, (learner.model, learner.optimizer, learner.average)
     tensors = engine.tensors(*parts)
     checkpoint.read(path, tensors, ranks)
-    engine.loaded(*parts, tensors, state["position"] // config.train.global_batch)
-    before = f" of {state['engine']} on {state['world_size']} process(es)"
-    return state, [*notes, f"resumed from {path.name}{before}"]
+    updates = state["position"] // learner.config.train.global_batch - state.get("guard", {}).get("missing", 0)
+    engine.loaded(*parts, tensors, updates)
 
 
 def dig(tree: Any, keys: tuple[str, ...]) -> Any:

@@ -32,6 +32,7 @@ class FSDP2(Group):
         super().__init__(config)
         shape = self.mesh_shape()
         names = ("replicate", "shard")[-len(shape) :]
+        self.pieces = shape[-1]
         self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
         self.host_mesh = (
             self.mesh if self.device.type == "cpu" else init_device_mesh("cpu", shape, mesh_dim_names=names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -33,11 +34,12 @@ class Learner(NamedTuple):
         return lr_at(self.config, position)
 
 
-def train_step(learner: Learner, batches: Sequence[Batch], position: int) -> dict[str, Tensor]:
+def train_step(learner: Learner, batches: Sequence[Batch], position: int, limit: float = math.inf) -> dict[str, Tensor]:
     """Update the model with one global batch, given as this rank's micro-batches of equal size.
 
-    Returns detached scalars on the device, means over this rank's micro-batches, and the gradient norm of the global
-    batch, which `Finite` looks at.
+    When the loss of the global batch is above `limit` or not finite, gradients become NaN, and weights and moments stay
+    as they are. Returns detached scalars on the device: means over this rank's micro-batches; of the global batch loss,
+    gradient norm and norm of Adam's step, which `Guard` looks at.
     """
     config, engine, objective, model, optimizer, augment, average = learner
     totals: dict[str, Tensor] = {}
@@ -49,12 +51,20 @@ def train_step(learner: Learner, batches: Sequence[Batch], position: int) -> dic
             with engine.autocast():
                 prediction = model(*inputs.model_args)
             loss, parts = objective.loss(prediction, inputs)
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                totals[name] = totals.get(name, 0.0) + value / len(batches)
+            if index == len(batches) - 1:
+                totals["loss"] = engine.mean(totals["loss"])
+                loss = loss * sound(totals["loss"], limit)
             engine.backward(model, loss / len(batches))
-        for name, value in {"loss": loss.detach(), **parts}.items():
-            totals[name] = totals.get(name, 0.0) + value / len(batches)
     norm = engine.update(model, optimizer, learner.lr(position), weight_decay_at(config, position))
     if (kept := objective.momentum(position)) is not None:
         engine.follow(model, kept)
     if average:
         average.update()
-    return {**totals, "grad_norm": norm}
+    return {**totals, "grad_norm": norm, "update_norm": engine.update_norm(optimizer)}
+
+
+def sound(loss: Tensor, limit: float) -> Tensor:
+    """1 for a loss that may be learnt from, else NaN, without waiting for the device."""
+    return torch.where(loss.isfinite() & (loss <= limit), 1.0, math.nan)

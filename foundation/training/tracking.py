@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from foundation.config import Config
 from foundation.errors import ConfigError, StorageError
@@ -38,6 +38,12 @@ class Tracker:
     def note(self, text: str) -> None:
         """Show one line to the person at the terminal."""
 
+    def event(self, kind: str, position: int, **facts: Any) -> None:
+        """Record what happened."""
+
+    def rewind(self, position: int) -> None:
+        """Take back the numbers beyond a position that will be reached again."""
+
     def close(self, status: Status = "FINISHED") -> None:
         """End the record; returns within seconds whatever the store does."""
 
@@ -49,8 +55,9 @@ class RunTracker(Tracker):
         folder = config.run_folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _truncate(folder / "metrics.jsonl", position)
-            self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+            self.path = folder / "metrics.jsonl"
+            _truncate(self.path, position)
+            self._lines = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 f"the run folder cannot be written: {error.strerror}",
@@ -89,6 +96,13 @@ class RunTracker(Tracker):
     def note(self, text: str) -> None:
         """Print a line above the bar."""
         print(text, file=sys.stderr, flush=True)
+
+    def rewind(self, position: int) -> None:
+        """The same on disk; MLflow shows the later ones beside the earlier ones."""
+        self._lines.close()
+        _truncate(self.path, position)
+        self._lines = self.path.open("a", encoding="utf-8")
+        self._start = self._last = (position, time.monotonic())
 
     def close(self, status: Status = "FINISHED") -> None:
         """Flush everything and set the run's status in MLflow; a second call does nothing."""

@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -42,6 +42,7 @@ class Zero1(Group):
         deepspeed.utils.logger.setLevel(logging.WARNING)
         deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
         self.mesh = init_device_mesh("cpu", (self.world_size,))
+        self.pieces = self.world_size
 
     def setup(
         self, build: Callable[[], nn.Module], given: Mapping[str, Given] | None = None
@@ -122,10 +123,14 @@ class Zero1(Group):
     def update(
         self, model: Any, optimizer: torch.optim.Optimizer, lr: float, weight_decay: float | None = None
     ) -> Tensor:
-        """Clip and step in one; DeepSpeed waits for the norm."""
+        """Clip and step in one; DeepSpeed waits for the norm, and makes no step when it is not finite."""
         schedule(optimizer, lr, weight_decay)
         model.step()
         return torch.as_tensor(model.get_global_grad_norm(), dtype=torch.float32).to(self.device)
+
+    def states(self, optimizer: Any) -> Iterable[Any]:
+        """Of this process's parts; none before the first step."""
+        return (optimizer.optimizer.state[flat] for flat in self._flats(optimizer))
 
     def weights(self, model: Any, optimizer: Any) -> dict[str, Tensor]:
         """This process's part of the fp32 weights, which DeepSpeed strings together group by group."""

@@ -17,6 +17,22 @@ from foundation.config import load
 from foundation.training import run as running
 from foundation.training.engine import unwrap
 
+SPOILT = (32, 104, 112)  # positions in samples
+
+
+class Spoilt:
+    """An objective whose loss is NaN in the updates at SPOILT."""
+
+    def __init__(self, inner: Any, position: int) -> None:
+        self._inner, self._position = inner, position
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def loss(self, prediction: Any, inputs: Any) -> Any:
+        loss, parts = self._inner.loss(prediction, inputs)
+        return loss * (float("nan") if self._position in SPOILT else 1.0), parts
+
 
 def main(yaml: str, *arguments: str) -> None:
     loop = running.loop
@@ -28,6 +44,15 @@ def main(yaml: str, *arguments: str) -> None:
             digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in unwrap(learner.model).state_dict().values()))
             (learner.config.run_folder / f"rank-{learner.engine.rank}.sha256").write_text(digest.hexdigest())
 
+    step = running.train_step
+
+    def spoilt_step(learner: Any, batches: Any, position: int, limit: float) -> Any:
+        """In runs of that name the loss of some updates is not finite, on the last process alone."""
+        if "spoilt" in learner.config.name and learner.engine.rank == learner.engine.world_size - 1:
+            learner = learner._replace(objective=Spoilt(learner.objective, position))
+        return step(learner, batches, position, limit)
+
+    running.train_step = spoilt_step
     running.loop, running.publish = noting_loop, lambda *_: None  # pictures take longer than these runs
     dist.init_process_group("cpu:gloo")  # once: libraries do not survive a second one
     for separator, overrides in itertools.groupby(arguments, lambda argument: argument == "--"):

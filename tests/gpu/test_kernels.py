@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 from foundation.config import Config
 from foundation.training.data import open_data, open_stream
 from foundation.training.engine import Engine
-from foundation.training.finite import Finite
+from foundation.training.guard import Guard
 from foundation.training.setup import build_learner
 from foundation.training.step import train_step
 from kernels.rpe_attention import BACKENDS, rpe_attention_packed
@@ -72,8 +73,10 @@ def test_a_step_never_waits_for_the_gpu(tiny_config: Callable[..., Config], chec
     engine = Engine(config)
     learner = build_learner(config, engine)
     batches = iter(open_stream(config, open_data(config), engine, 0))
-    finite = Finite()
-    finite.note(train_step(learner, [next(batches)], 0)["grad_norm"], 0)  # compiles kernels and fills caches
+    guard = Guard(config, lambda *_, **__: None, lambda *_: None)
+    first = [next(batches)]
+    guard.note(train_step(learner, first, 0, guard.limit()), first, 0, math.inf)  # compiles kernels and fills caches
+    guard.check()
     torch.cuda.synchronize()
     ready = [[next(batches)] for _ in range(2)]
     torch.cuda.set_sync_debug_mode("error")

@@ -22,7 +22,7 @@ from foundation.config import Config
 from foundation.models.families import FAMILY
 from foundation.objectives.registry import OBJECTIVES
 from foundation.objectives.registry import build as build_objective
-from foundation.training.engine import ENGINES
+from foundation.training.engines import ENGINES
 from kernels.rpe_attention import BACKENDS
 from shards import catalog as catalogs
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from torch import nn
 
 from foundation.config import Config, from_dict
 from foundation.errors import ConfigError, LaunchError
-from foundation.training import engine as engines
+from foundation.training import engine as engine_module
+from foundation.training import engines
 from foundation.training.blocks import eight_bits, on_meta, prepare
 from foundation.training.declared import declared
+from foundation.training.engine import Engine
 from foundation.training.setup import build_learner
 from foundation.training.step import train_step
 from foundation.training.zero import Zero1
@@ -143,7 +146,7 @@ def test_a_master_that_cannot_be_found_is_named(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(engines, "JOIN", engines.timedelta(seconds=3))
+    monkeypatch.setattr(engine_module, "JOIN", timedelta(seconds=3))
     with pytest.raises(LaunchError, match=r"the process group cannot be formed[\s\S]*where: no-such-host.invalid:"):
         engines.start(config(name))
 
@@ -156,7 +159,7 @@ def test_a_group_of_one_learns_what_a_single_process_learns(tiny_config: Make, n
     rows: list[Any] = []
     for each in ("single", name):
         wanted = tiny_config(f"train.engine={each}", "train.micro_batch=4")
-        engine = engines.start(wanted) if each != "single" else engines.Engine(wanted)
+        engine = engines.start(wanted) if each != "single" else Engine(wanted)
         try:
             learner = build_learner(wanted, engine)
             batches = list(open_stream(wanted, open_data(wanted), engine, 0))
@@ -196,7 +199,7 @@ def test_a_recomputed_compiled_model_in_pieces_learns_what_the_plain_one_learns(
     rows: list[Any] = []
     for keys in ((), ("train.engine=fsdp2", "train.compile=true", "train.activation_checkpointing=full")):
         wanted = tiny_config(*keys)
-        engine = engines.start(wanted) if keys else engines.Engine(wanted)
+        engine = engines.start(wanted) if keys else Engine(wanted)
         try:
             learner = build_learner(wanted, engine)
             batches = iter(open_stream(wanted, open_data(wanted), engine, 0))
@@ -216,7 +219,7 @@ def test_processes_that_do_not_fill_the_mesh_are_refused(tiny_config: Make) -> N
 
 
 def test_the_count_of_updates_lies_where_the_fused_optimiser_looks_for_it(tiny_config: Make) -> None:
-    engine = engines.Engine(tiny_config())
+    engine = Engine(tiny_config())
     model = nn.Linear(2, 2, device="meta")
     optimizer = torch.optim.AdamW(model.parameters())
     engine.tensors(model, optimizer)

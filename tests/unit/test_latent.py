@@ -23,8 +23,8 @@ from foundation.objectives.masks import batch_blocks, block_sizes, in_block, mul
 from foundation.objectives.reconstruction import build_encoder
 from foundation.objectives.registry import build
 from foundation.training import checkpoint
+from foundation.training.collapse import feature_std
 from foundation.training.engine import Engine
-from foundation.training.guard import feature_std
 from foundation.training.optim import lr_at, weight_decay_at
 from foundation.training.run import train
 from foundation.training.setup import build_learner

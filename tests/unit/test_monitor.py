@@ -16,9 +16,9 @@ from torch import Tensor
 from foundation.config import Config, MonitorConfig
 from foundation.errors import ConfigError, DataError, NumericsError
 from foundation.training import checkpoint
+from foundation.training.collapse import collapsed
 from foundation.training.committed import committed, position_of
 from foundation.training.engine import Engine
-from foundation.training.guard import collapsed
 from foundation.training.online import Probe
 from foundation.training.places import place
 from foundation.training.run import train

@@ -1,0 +1,87 @@
+"""Which engines there are, and which one a configuration means on these machines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from foundation.config import Config
+from foundation.errors import ConfigError, LaunchError
+from foundation.training.declared import declared
+from foundation.training.engine import DDP, Engine
+
+
+class Row(NamedTuple):
+    """An engine, what it is for, and why it cannot run here ('' when it can)."""
+
+    start: Callable[[Config], Engine]
+    description: str
+    unavailable: str = ""
+
+
+def _lazy(module: str, name: str) -> Callable[[Config], Engine]:
+    return lambda config: getattr(import_module(f"foundation.training.{module}"), name)(config)
+
+
+NO_GROUPS = "" if dist.is_available() else "this torch was built without torch.distributed"
+NO_ZERO = NO_GROUPS or ("" if find_spec("deepspeed") else "needs DeepSpeed: pip install 'sar-foundation[deepspeed]'")
+ENGINES = {
+    "single": Row(Engine, "one process, one device"),
+    "ddp": Row(DDP, "replicas with averaged gradients; a launcher starts the processes", NO_GROUPS),
+    "fsdp2": Row(_lazy("sharded", "FSDP2"), "parameters, gradients and moments spread over all processes", NO_GROUPS),
+    "hsdp": Row(_lazy("sharded", "HSDP"), "spread inside a node (train.shard_size), replicas between nodes", NO_GROUPS),
+    "zero1": Row(_lazy("zero", "Zero1"), "DeepSpeed: moments spread over all processes", NO_ZERO),
+    "zero2": Row(_lazy("zero", "Zero2"), "DeepSpeed: moments and gradients spread", NO_ZERO),
+    "zero3": Row(_lazy("zero", "Zero3"), "DeepSpeed: parameters, moments and gradients spread", NO_ZERO),
+}
+
+
+def start(config: Config) -> Engine:
+    """The engine of a configuration; `auto` is what the launcher declared, ddp for several processes without a word.
+
+    Raises ConfigError for an unknown name, LaunchError when configuration and environment contradict each other: N
+    processes with the single engine would be N independent trainings.
+    """
+    name, launched = config.train.engine, declared()
+    if name not in ("auto", *ENGINES):
+        raise ConfigError(f"unknown engine {name!r}", where="train.engine", do=f"choose auto, {', '.join(ENGINES)}")
+    if name == "auto":
+        name = launched.engine or ("ddp" if launched.world_size > 1 else "single")
+    if name == "single" and launched.world_size > 1:
+        raise LaunchError(
+            f"engine single, but {launched.world_size} processes were started: they would train "
+            f"{launched.world_size} separate models",
+            where="train.engine",
+            do="use train.engine=auto, or start one process",
+        )
+    if launched.engine and launched.engine != name:
+        raise LaunchError(
+            f"the configuration says engine {name}, accelerate launch declares {launched.engine}",
+            where="train.engine",
+            do=f"use train.engine=auto, or another accelerate configuration than the one for {launched.engine}",
+        )
+    if config.train.float8 and (name not in ("fsdp2", "hsdp") or config.train.precision != "bf16"):
+        raise ConfigError(
+            f"float8 does not go with engine {name} in {config.train.precision}",
+            where="train.float8",
+            do="use train.engine=fsdp2 or hsdp with train.precision=bf16, or train.float8=false",
+        )
+    if config.train.offload and name in ("single", "ddp"):
+        raise ConfigError(
+            f"engine {name} keeps its state on the device",
+            where="train.offload",
+            do="use train.engine=fsdp2, hsdp or zero1 to zero3, or train.offload=false",
+        )
+    if config.train.shard_size and name != "hsdp":
+        raise ConfigError(
+            f"engine {name} has no groups of processes",
+            where="train.shard_size",
+            do="use train.engine=hsdp, or train.shard_size=null",
+        )
+    if reason := ENGINES[name].unavailable:
+        raise LaunchError(f"engine {name} cannot run here: {reason}", where="train.engine", do="choose another engine")
+    return ENGINES[name].start(config)
