@@ -19,6 +19,7 @@ from foundation.cli_evaluate import evaluate_command, paired_command, splits_com
 from foundation.cli_export import export_command
 from foundation.cli_figures import curves_command
 from foundation.cli_plan import plan_command
+from foundation.cli_replay import replay_command
 from foundation.cli_robustness import drift_command, robustness_command
 from foundation.cli_shards import shards_app
 from foundation.cli_text import console, print_table, show
@@ -34,6 +35,7 @@ app.add_typer(bench_app, name="bench")
 app.command("plan")(plan_command)
 app.command("compare")(compare_command)
 app.command("curves")(curves_command)
+app.command("replay")(replay_command)
 app.command("robustness")(robustness_command)
 app.command("drift")(drift_command)
 app.command("export")(export_command)
