@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,11 @@ def main(yaml: str, *arguments: str) -> None:
     step = running.train_step
 
     def spoilt_step(learner: Any, batches: Any, position: int, limit: float) -> Any:
-        """In runs of that name the loss of some updates is not finite, on the last process alone."""
-        if "spoilt" in learner.config.name and learner.engine.rank == learner.engine.world_size - 1:
-            learner = learner._replace(objective=Spoilt(learner.objective, position))
+        """In runs of such names the last process, and it alone, has losses that are not finite, or is slow."""
+        if learner.engine.rank == learner.engine.world_size - 1:
+            time.sleep(0.1 if "slow" in learner.config.name else 0)
+            if "spoilt" in learner.config.name:
+                learner = learner._replace(objective=Spoilt(learner.objective, position))
         return step(learner, batches, position, limit)
 
     running.train_step = spoilt_step

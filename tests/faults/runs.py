@@ -1,0 +1,140 @@
+"""What a fault is done to: a whole run in a process of its own, and the proof that it left no trace.
+
+The runs are real: signals, threads, files and locks are those of `foundation train`; only the imports are shared.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from processes import position, record, same_state
+
+from foundation import signals
+from foundation.config import Config
+from foundation.training import run as runs
+from foundation.training.committed import flaw, place
+from foundation.training.stopping import Stopped
+
+PATIENCE = 120.0  # seconds
+
+
+class Trial(NamedTuple):
+    """What came of one fault: whether the run reached its end and equals one that nobody disturbed."""
+
+    fault: str
+    survived: bool
+    lost_samples: int
+    """positions that were not learnt from as they should"""
+    lost_checkpoints: int
+    """committed before the fault, and not valid after it"""
+    seconds: float
+    """from the next start to the first new line of the record; 0 where the run never ended"""
+    note: str = ""
+
+
+def forked(config: Config, log: Path, prepare: Callable[[], object] = lambda: None) -> int:
+    """Train in a child, which prints into `log`; its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        log.parent.mkdir(exist_ok=True, parents=True)
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        signals.forget()
+        signals.listen()
+        prepare()
+        runs.train(config)
+        status = 0
+    except Stopped:
+        status = signals.STOPPED
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def ended(pid: int) -> int:
+    """Exit code of a child, negative for a signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def valid(run: Path) -> set[str]:
+    """Names of the checkpoints that are whole."""
+    folder = place(run / "checkpoints")
+    return {name for name in folder.names() if name.startswith("samples-") and flaw(folder / name) is None}
+
+
+class Bench:
+    """An undisturbed run, and what disturbed ones are compared with."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.log = config.run_folder.parent / f"{config.name}.log"
+        assert ended(forked(config, self.log)) == 0, self.log.read_text()
+        self.whole = config.run_folder
+
+    def trial(
+        self,
+        fault: str,
+        config: Config,
+        inject: Callable[[int], object],
+        goal: int,
+        prepare: Callable[[], object] = lambda: None,
+        heal: Callable[[], object] = lambda: None,
+    ) -> Trial:
+        """Start a run, `inject(pid)` past `goal` samples; if it ends early `heal()` and start it again."""
+        run, log = config.run_folder, config.run_folder.parent / f"{config.name}.log"
+        pid = forked(config, log, prepare)
+        end = time.monotonic() + PATIENCE
+        while position(run) < goal:
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                return Trial(fault, False, 0, 0, 0.0, f"ended before the fault: {log.read_text()[-300:]}")
+            if time.monotonic() > end:
+                os.kill(pid, 9)
+                return Trial(fault, False, 0, 0, 0.0, "made no progress")
+            time.sleep(0.002)
+        before = valid(run)
+        inject(pid)
+        code = ended(pid)
+        said = [line for line in log.read_text().splitlines() if "Error: " in line]
+        seconds = 0.0
+        if code:
+            heal()
+            seconds = self._again(config, log)
+        return self._judge(fault, run, before, code, seconds, said[-1] if said else "")
+
+    def _again(self, config: Config, log: Path) -> float:
+        """Start the same command again and wait for its end; seconds until the first new line of the record."""
+        file, began = config.run_folder / "metrics.jsonl", time.monotonic()
+        size = file.stat().st_mtime_ns if file.exists() else 0
+        pid, seconds = forked(config, log), 0.0
+        while not seconds:
+            if file.exists() and file.stat().st_mtime_ns > size and position(config.run_folder):
+                seconds = time.monotonic() - began
+            if time.monotonic() > began + PATIENCE:
+                os.kill(pid, 9)
+                break
+            time.sleep(0.002)
+        ended(pid)
+        return seconds
+
+    def _judge(self, fault: str, run: Path, before: set[str], code: int, seconds: float, said: str) -> Trial:
+        ours, theirs = record(run), record(self.whole)
+        seen = {row["position"]: row.get("samples_hash") for row in ours}
+        lost = [row for row in theirs if seen.get(row["position"]) != row["samples_hash"]]
+        gone = before - valid(run)
+        same = ours == theirs and same_state(run, self.whole)
+        note = said.strip()[:120] or (f"exit code {code}" if code else "went on")
+        stride = self.config.train.global_batch
+        return Trial(fault, same, stride * len(lost), len(gone), seconds, note)
