@@ -23,6 +23,7 @@ from foundation.cli_replay import replay_command
 from foundation.cli_robustness import drift_command, robustness_command
 from foundation.cli_shards import shards_app
 from foundation.cli_text import console, print_table, show
+from foundation.cli_track import track_command
 from shards.errors import ExplainedError
 
 # Before torch loads its OpenMP runtime: threads that spin while they wait make a CPU run many times slower as soon as
@@ -42,6 +43,7 @@ app.command("export")(export_command)
 app.command("evaluate")(evaluate_command)
 app.command("splits")(splits_command)
 app.command("paired")(paired_command)
+app.command("track")(track_command)
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Changes to keys, e.g. optim.lr=3e-4 train.samples=100000")]
 

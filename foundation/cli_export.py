@@ -38,9 +38,22 @@ def export_command(
         Pool | None,
         typer.Option(help="Features: class token, or mean of the patch tokens; default: token if there is one"),
     ] = None,
+    register: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Also register it in MLflow under this name, with its card")
+    ] = None,
 ) -> None:
     """Write an encoder for timm, PyTorch, ONNX or the Hugging Face hub, load it again and compare its features."""
+    from foundation.interchange import registration
     from foundation.interchange.export import export
 
-    made = export(run, out, form.value, averaged=average, best=best, pool=pool.value if pool else None)
+    if register:
+        registration.check(form.value, register)
+    chosen = pool.value if pool else None
+    made = export(run, out, form.value, averaged=average, best=best, pool=chosen)
     show("export", f"{made.path}, features differ by {made.gap:.1e} after loading it again")
+    if register:
+        kept = registration.register(run, made.path, register, averaged=average, best=best, pool=chosen)
+        show(
+            "registered",
+            f"models:/{kept.name}/{kept.version}, features differ by {kept.gap:.1e} after loading it again",
+        )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Literal
-from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator
 
@@ -72,13 +71,7 @@ class TrackingConfig(Section):
     """Where the numbers of a run go, beside metrics.jsonl."""
 
     mlflow: bool = Field(default=True, description="record the run in MLflow")
-    uri: str | None = Field(default=None, description="MLflow server or store; null: a sqlite file in the run root")
+    uri: str | None = Field(
+        default=None, description="MLflow server or store; null: MLFLOW_TRACKING_URI, or a sqlite file in the run root"
+    )
     experiment: str = Field(default="foundation", min_length=1, description="MLflow experiment")
-
-    @field_validator("uri")
-    @classmethod
-    def _no_password(cls, value: str | None) -> str | None:
-        """The configuration is saved, reported and passed around; a password in it would be too."""
-        if value and urlsplit(value).username:
-            raise ValueError("an address without user name; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD")
-        return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 Unit = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+_SECRET = re.compile(r"(?!sqlite:)[\w+]+://([^/\s]*@|\S*\?)")  # a configuration is saved, reported and passed around
 
 
 class Section(BaseModel):
@@ -20,10 +22,12 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _from_yaml(cls, value: object, info: ValidationInfo) -> object:
-        """What YAML writes differently: lists for tuples, 1e6 for a whole number, an empty section."""
+        """What YAML writes differently: lists for tuples, 1e6 for a whole number, an empty section. No secrets."""
         kind = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, list):
-            return tuple(value)
+            value = tuple(value)
+        if any(isinstance(one, str) and _SECRET.match(one) for one in (value if isinstance(value, tuple) else [value])):
+            raise ValueError("a URL without user name or query; credentials come from the environment")
         if isinstance(value, float) and value.is_integer() and kind in (int, int | None):
             return int(value)
         if value is None and isinstance(kind, type) and issubclass(kind, Section):

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from foundation.errors import ConfigError
+from shards.store import redact
 
 _KINDS = {int: "whole number", float: "number", str: "text", bool: "true or false", NoneType: "null"}
 _BOUNDS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}", "pattern": "matching {}"}
@@ -37,7 +38,7 @@ class Problem(NamedTuple):
     def __str__(self) -> str:
         shown = repr(list(self.value) if isinstance(self.value, tuple) else self.value)
         given = f"{self.path} = {shown if len(shown) <= 60 else shown[:57] + '...'}: " if self.path else ""
-        return f"{given}{self.text}" + (f"; did you mean {self.hint}?" if self.hint else "")
+        return redact(f"{given}{self.text}") + (f"; did you mean {self.hint}?" if self.hint else "")
 
 
 class _Loader(yaml.SafeLoader):

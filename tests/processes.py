@@ -88,7 +88,10 @@ def interrupted(finished: Path, copy: Path, at: int) -> Path:
 def record(run: Path) -> list[dict[str, Any]]:
     """Every line of metrics.jsonl, at full precision, without what a clock or a meter gave."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
+    return [
+        {name: value for name, value in row.items() if name not in MEASURED and not name.startswith("system/")}
+        for row in rows
+    ]
 
 
 def hashes(run: Path) -> list[tuple[int, float]]:

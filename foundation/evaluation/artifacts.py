@@ -1,14 +1,22 @@
-"""The pages and figures of a run, and their copies in MLflow."""
+"""What a run folder holds, and its copy in MLflow: pages, figures, scores, and after an outage everything."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from foundation.config import from_dict
+from foundation.config import Config, from_dict, load
+from foundation.errors import CheckpointError, ConfigError, StorageError
+from foundation.evaluation.child_runs import send_evaluations
 from foundation.evaluation.report import FIGURES
+from foundation.evaluation.scores import Score, from_rows
+from foundation.files import read_json
 from foundation.training import checkpoint
+from foundation.training.lock import owned
 from foundation.training.mlflow_sink import MlflowSink
+from foundation.training.standing import RUNNING, Standing, read
+
+PAGES = ("config.yaml", "environment.json", "report.html", "scores.json", "scores.md")
 
 
 def figures(run: Path) -> list[Path]:
@@ -22,13 +30,57 @@ def send(sink: MlflowSink, files: Sequence[Path]) -> None:
         sink.artifact(file, FIGURES if file.parent.name == FIGURES else "")
 
 
-def publish_report(run: Path) -> None:
-    """Bring report and figures of a run up to date in MLflow, where it has one; a store that is down costs a line."""
-    state = checkpoint.load(run, None)
-    config = from_dict(state["config"])
-    if not state.get("run_id") or not config.tracking.mlflow:
+def publish(run: Path, config: Config, run_id: str | None, files: Sequence[Path], scores: Sequence[Score] = ()) -> None:
+    """Bring files and evaluations of a run up to date in MLflow, where it has one.
+
+    A store that is down costs a line, and `catch_up` afterwards.
+    """
+    if not config.tracking.mlflow or not (run_id or read(run)):
         return
-    where = config.model_copy(update={"run_root": str(run.resolve().parent)})
-    if sink := MlflowSink.open(where, state["run_id"], print, running=False):
-        send(sink, [run / "report.html", *figures(run)])
-        sink.close(None)
+    if sink := MlflowSink.open(config, Standing(run, run_id), print):
+        send(sink, files)
+        send_evaluations(sink, run, scores)
+        if not sink.close(None):
+            print(f"MLflow lacks this; when it answers: foundation track {run}")
+
+
+def publish_report(run: Path) -> None:
+    """The same for report and figures."""
+    state = checkpoint.load(run, None)
+    publish(run, from_dict(state["config"]), state.get("run_id"), [run / "report.html", *figures(run)])
+
+
+def catch_up(run: Path, uri: str | None = None) -> str:
+    """Send what the store lacks of a run that no process trains any more: lines, files, evaluations and its end.
+
+    `uri` names another store than the run's own. Returns MLflow's id of the run, whose status is then the one that the
+    training left, FAILED if it was killed. Raises LaunchError while it goes on, which sends by itself; ConfigError
+    without MLflow or run; StorageError for a store that does not answer.
+    """
+    config = load(run / "config.yaml", [f"tracking.uri={uri}"] if uri else [])
+    with owned(run):
+        standing = Standing(run, None if read(run) else _saved(run))
+        notes: list[str] = []
+        sink = MlflowSink.open(config, standing, notes.append, follow=True)
+        if sink is None:
+            raise ConfigError(notes[0], where="track", do="pip install 'sar-foundation[mlflow]'")
+        sink.more()
+        send(sink, [file for file in (*(run / name for name in PAGES), *figures(run)) if file.is_file()])
+        scores = run / "scores.json"
+        send_evaluations(sink, run, from_rows(read_json(scores)) if scores.exists() else [])
+        status = standing.facts.status
+        if not sink.close("FAILED" if status == RUNNING else status):
+            what = f"the MLflow store does not answer: {sink.failure}"
+            raise StorageError(what, where=str(run), do="start it, or name another with --uri; then run this again")
+        if status == RUNNING:
+            standing.update(status="FAILED")
+    return str(standing.facts.run_id)
+
+
+def _saved(run: Path) -> str | None:
+    """The id that the newest checkpoint has, if there is one."""
+    try:
+        found = checkpoint.load(run, None).get("run_id")
+        return None if found is None else str(found)
+    except CheckpointError:
+        return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from urllib.parse import urlsplit
 
 from foundation.errors import ConfigError, DataError, StorageError
 from foundation.evaluation.panels import read_metrics
-from foundation.training.mlflow_sink import mlflow_client
+from foundation.training.mlflow_store import PARENT, mlflow_client
+from shards.store import redact
 
 # Of every line, and nothing to draw.
 UNDRAWN = frozenset(("position", "samples", "time", "samples_hash"))
@@ -54,7 +54,7 @@ def from_mlflow(uri: str, experiment: str, names: Sequence[str] = (), keys: Sequ
     """
     _must_exist(uri)
     client_class, errors = mlflow_client()
-    where = f"experiment {experiment!r} of {hidden(uri)}"
+    where = f"experiment {experiment!r} of {redact(uri)}"
     try:
         client = client_class(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)
@@ -89,11 +89,6 @@ def chosen(histories: Sequence[History], wanted: Sequence[str], default: Sequenc
     return keys
 
 
-def hidden(uri: str) -> str:
-    """An address without user name and password."""
-    return re.sub(r"//[^/@\s]*@", "//***@", uri)
-
-
 def _choose(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     listed = ", ".join(dict.fromkeys(known)) or "nothing is there"
@@ -105,24 +100,24 @@ def _must_exist(uri: str) -> None:
     parts = urlsplit(uri)
     local = {"sqlite": uri.removeprefix("sqlite:///"), "": uri, "file": parts.path}.get(parts.scheme)
     if local is not None and not Path(local).exists():
-        raise StorageError("there is no MLflow store", where=hidden(uri), do="give its address with --uri")
+        raise StorageError("there is no MLflow store", where=redact(uri), do="give its address with --uri")
 
 
 def _silent(uri: str, error: Exception) -> StorageError:
-    text = hidden((str(error).strip() or type(error).__name__).splitlines()[0])
+    text = redact((str(error).strip() or type(error).__name__).splitlines()[0])
     return StorageError(
         f"the MLflow store does not answer: {text[:160]}",
-        where=hidden(uri),
+        where=redact(uri),
         do="start it or correct --uri; without it, name run folders",
     )
 
 
 def _pages(client: Any, experiment: str) -> list[Any]:
-    """All runs of an experiment, oldest first."""
+    """All runs of an experiment, oldest first, without those of evaluations below them."""
     runs, token = [], None
     while True:
         page = client.search_runs([experiment], order_by=["attributes.start_time ASC"], page_token=token)
-        runs += page
+        runs += [run for run in page if PARENT not in run.data.tags]
         if not (token := page.token):
             return runs
 

@@ -49,7 +49,7 @@ class Predictions:
 
 def write(run: Path, found: Sequence[Predictions]) -> list[Path]:
     """Write each measurement into `RUN/predictions`, over an earlier one of the same names; returns the files."""
-    return [write_whole(run / FOLDER / f"{_name(p)}.npz", _bytes(p)) for p in found]
+    return [write_whole(place(run, p.encoder, p.protocol, p.measurement), _bytes(p)) for p in found]
 
 
 def read(run: Path) -> list[Predictions]:
@@ -57,11 +57,11 @@ def read(run: Path) -> list[Predictions]:
     return [_read(path) for path in sorted((run / FOLDER).glob("*.npz"))]
 
 
-def _name(p: Predictions) -> str:
-    """A file name of readable words and a hash that keeps measurements apart."""
-    key = "\n".join((p.encoder, p.protocol, p.measurement))
-    words = "-".join("".join(c if c.isalnum() else " " for c in f"{p.protocol} {p.encoder}").split())
-    return f"{words}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+def place(run: Path, encoder: str, protocol: str, measurement: str) -> Path:
+    """The file of a measurement, named by readable words and a hash that keeps measurements apart."""
+    key = "\n".join((encoder, protocol, measurement))
+    words = "-".join("".join(c if c.isalnum() else " " for c in f"{protocol} {encoder}").split())
+    return run / FOLDER / f"{words}-{hashlib.sha256(key.encode()).hexdigest()[:8]}.npz"
 
 
 def _bytes(p: Predictions) -> bytes:

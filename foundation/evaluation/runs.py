@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,7 @@ from filelock import FileLock
 from foundation.config import Config
 from foundation.errors import CheckpointError, ConfigError, DataError
 from foundation.evaluation import fewshot, leakage, predictions
-from foundation.evaluation.artifacts import figures, send
+from foundation.evaluation.artifacts import figures, publish
 from foundation.evaluation.panels import SCORES, read_scores, write_run_report
 from foundation.evaluation.protocols import FULL, RANDOM, Options, Report
 from foundation.evaluation.scores import Score, to_json, to_markdown
@@ -25,7 +23,6 @@ from foundation.files import write_whole
 from foundation.interchange import load_encoder, random_encoder
 from foundation.training import checkpoint
 from foundation.training.data import training_catalog
-from foundation.training.mlflow_sink import MlflowSink
 from shards.catalog import Catalog
 
 FOREIGN = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
@@ -62,8 +59,8 @@ def judge_run(
     `split` names a split file that says which images of the catalogs these are; `averaged` takes the running average of
     the weights. Every score records its weights (samples seen), data, split and whether the encoder was pretrained on
     test images. The scores join those in the run's `scores.json` and `.md`, replacing the same measurement, the answers
-    those in `predictions`, and the run's report (if `report`) and MLflow run are brought up to date. Without `controls`
-    only the untrained encoder stands beside. Returns the new scores.
+    those in `predictions`; the run's report (if `report`) is brought up to date and so is, below its run in MLflow, one
+    for each protocol. Without `controls` only the untrained encoder stands beside. Returns the new scores.
     """
     refuse_foreign(path)
     encoder, config = load_encoder(path, device, averaged)
@@ -90,17 +87,16 @@ def judge_run(
         **leaked(run, pictures, chosen.tested, state.get("fingerprint")),
         "random_init": f"one initialisation, seed {config.seed}; the interval does not cover it",
     }
-    new = [replace(one, settings={**one.settings, **origin}) for each in found for one in each.scores]
     facts: tuple[object, ...] = (origin["weights"], origin["data"], f"train {chosen.train_data[:8]}", f"crop {crop}")
     facts += (f"{config.data.image_size} px", *([f"{epochs} epochs"] if protocol == "finetune" else []))
     text = ", ".join(map(str, facts))
-    files = predictions.write(run, [replace(each.predictions, measurement=text) for each in found])
+    added = {**origin, "measurement": text}
+    new = [replace(one, settings={**one.settings, **added}) for each in found for one in each.scores]
+    predictions.write(run, [replace(each.predictions, measurement=text) for each in found])
     pages = keep(run, new)
     if report:
         pages += [write_run_report(run, pictures or chosen.tested, chosen.tested), *figures(run)]
-    if state.get("run_id") and config.tracking.mlflow:
-        where = config.model_copy(update={"run_root": str(run.parent)})
-        publish(where, state["run_id"], int(state["position"]), new, [*pages, split_file], files)
+    publish(run, config, state.get("run_id"), pages, new)
     return new
 
 
@@ -147,27 +143,6 @@ def measurement(score: Score) -> tuple[Any, ...]:
     """What makes two scores the same measurement."""
     keys = ("weights", "data", "train_data", "crop", "image_size", "epochs")
     return score.encoder, score.protocol, score.metric, *(score.settings.get(key) for key in keys)
-
-
-def publish(
-    config: Config,
-    run_id: str,
-    position: int,
-    scores: Sequence[Score],
-    files: Sequence[Path],
-    answers: Sequence[Path] = (),
-) -> None:
-    """Add scores, files and answers to the encoder's MLflow run; a store that is down costs a line, not the scores."""
-    sink = MlflowSink.open(config, run_id, print, running=False)
-    if sink is None:
-        return
-    # One name that MLflow does not take, such as one with a comma, would lose all of them.
-    names = {re.sub(r"[^\w./ -]", "", f"{s.protocol}/{s.encoder}/{s.metric}"): s.mean for s in scores}
-    sink.metrics(position, time.time(), names)
-    send(sink, files)
-    for file in answers:
-        sink.artifact(file, predictions.FOLDER)
-    sink.close(None)
 
 
 def run_folder(path: Path) -> Path:

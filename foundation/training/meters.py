@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import os
 import platform
 import resource
+import socket
 import subprocess
 import sys
 import time
@@ -13,6 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+JOB = {
+    "slurm_job_id": "SLURM_JOB_ID",
+    "slurm_job_name": "SLURM_JOB_NAME",
+    "slurm_array_job_id": "SLURM_ARRAY_JOB_ID",
+    "slurm_array_task_id": "SLURM_ARRAY_TASK_ID",
+    "slurm_restart_count": "SLURM_RESTART_COUNT",
+    "slurm_nodes": "SLURM_JOB_NODELIST",
+}
 
 
 class Throughput:
@@ -56,7 +68,7 @@ def peak_memory() -> dict[str, float]:
 
 
 def environment() -> dict[str, str]:
-    """Versions of what computes, the platform and the device; the git commit when run from a checkout."""
+    """Versions of what computes, the platform and the device; the git commit where it is known."""
     found = {"python": platform.python_version(), "platform": platform.platform(), "torch": str(torch.__version__)}
     for package in ("numpy", "triton", "mlflow", "sar-foundation"):
         try:
@@ -72,12 +84,29 @@ def environment() -> dict[str, str]:
     return found
 
 
+def job() -> dict[str, str]:
+    """Where this process runs: its host and, under Slurm, the job, the task of its array and how often it came back."""
+    found = {name: os.environ[variable] for name, variable in JOB.items() if variable in os.environ}
+    if found:
+        found.setdefault("slurm_restart_count", "0")  # Slurm sets it from the first requeue on
+    return {"host": socket.gethostname(), **found}
+
+
 def _commit(root: Path) -> str:
     """The commit of the checkout at `root`, with -dirty when files were changed; nothing where there is none."""
     if not (root / ".git").exists():
-        return ""
+        return _submitted(root.parent / "submission.json")
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _submitted(record: Path) -> str:
+    """The same of code that was copied beside a job."""
+    try:
+        facts = json.loads(record.read_text(encoding="utf-8"))
+        return (facts["commit"] or "") + "-dirty" * bool(facts["commit"] and facts["dirty"])
+    except (OSError, ValueError, LookupError, TypeError):
         return ""

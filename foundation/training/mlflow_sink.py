@@ -1,191 +1,194 @@
-"""MLflow behind a queue: one background thread talks to the store, and only a person notices when it is down."""
+"""MLflow behind a thread: it follows metrics.jsonl and sends what is new, so that an outage is only a delay."""
 
 from __future__ import annotations
 
 import importlib
-import logging
-import os
+import json
 import queue
-import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from foundation.config import Config, config_hash, flatten
-from foundation.training.meters import environment
+from foundation.config import Config
+from foundation.training.mlflow_store import active, address, attach, code, mlflow_client, short, usable
+from foundation.training.standing import Standing
+from shards.store import redact
 
+METRICS = "metrics.jsonl"
 RETRY_SECONDS = 30.0
-CLOSE_SECONDS = 30.0
+CLOSE_SECONDS = 60.0
 _BATCH = 1000  # the most metrics that MLflow takes in one request
-# Seconds, not the default minutes, until a dead server is known to be dead; a user's own settings stand.
-_DEFAULTS = {
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
+
+Job = Callable[[Any, str], object]
+"""What is done with the client and the id of the run."""
 
 
 class MlflowSink:
-    """One MLflow run. Calls only enqueue; the thread sends, keeps what failed and tries again later."""
+    """One MLflow run. Calls return at once; the thread connects, sends, and tries again what could not be sent."""
 
     def __init__(
-        self, client: Any, run_id: str, note: Callable[[str], None], errors: tuple[type[Exception], ...]
+        self,
+        connect: Callable[[], tuple[Any, str]],
+        standing: Standing,
+        record: Path | None,
+        note: Callable[[str], None],
     ) -> None:
-        self.run_id = run_id
-        self._client, self._note, self._errors = client, note, errors
-        self._queue: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._jobs: deque[Callable[[], None]] = deque()
+        """`connect` gives the client and the id of the run; `record` is the file to follow, None for jobs alone."""
+        self._connect, self._standing, self._record, self._note = connect, standing, record, note
+        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._jobs: deque[Job] = deque()
+        self._client: Any = None
+        self._run_id = ""
+        self._ended = False
+        self._status: str | None = None
         self._failed_at: float | None = None
+        self.failure = ""
+        """Why the last attempt failed; empty when nothing is left to be sent."""
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
     @classmethod
     def open(
-        cls, config: Config, run_id: str | None, note: Callable[[str], None], running: bool = True
+        cls,
+        config: Config,
+        standing: Standing,
+        note: Callable[[str], None],
+        *,
+        follow: bool = False,
+        running: bool = False,
     ) -> MlflowSink | None:
-        """Start or continue the run; None, after one line of text, when the store cannot be used.
+        """Start or continue the run of a run folder; None, after one line of text, where MLflow is not installed.
 
-        `running=False` adds to a run and leaves its status alone; end with `close(None)`.
+        `follow` sends the lines of metrics.jsonl; without `running` the status of the run is left alone.
         """
-        uri = config.tracking.uri or f"sqlite:///{Path(config.run_root).resolve() / 'mlflow.db'}"
         try:
-            client_class, errors = mlflow_client()
+            client_class, _ = mlflow_client()
         except ImportError as error:
-            note(f"MLflow is off: {error}; metrics.jsonl is complete without it")
+            note(f"MLflow is off: {error}; pip install 'sar-foundation[mlflow]'. {METRICS} is complete without it")
             return None
-        try:
-            client = client_class(tracking_uri=uri)
-            return cls(client, _run(client, config, run_id, running), note, errors)
-        except (*errors, ImportError) as error:
-            note(
-                f"MLflow is off: {_hidden(uri)} cannot be used ({_short(error)}); metrics.jsonl is complete without it"
-            )
-            return None
+        folder = standing.folder
+        uri = address(config, folder)
 
-    def metrics(self, position: int, seconds: float, numbers: Mapping[str, float]) -> None:
-        """Queue numbers at a position; `seconds` since 1970."""
-        self._queue.put(("metrics", (position, round(seconds * 1000), dict(numbers))))
+        def connect() -> tuple[Any, str]:
+            try:
+                client = client_class(tracking_uri=uri)
+                return client, attach(client, uri, config, standing, running)
+            except Exception as error:
+                raise OSError(f"{redact(uri)}: {short(error)}") from error
 
-    def artifact(self, path: Path, folder: str) -> None:
-        """Queue a file."""
-        self._queue.put(("artifact", (str(path), folder or None)))
+        return cls(connect, standing, folder / METRICS if follow else None, note)
 
-    def close(self, status: str | None) -> None:
-        """Send what is left, set the status if one is given; gives up after CLOSE_SECONDS."""
-        self._queue.put(("end", status))
-        self._thread.join(CLOSE_SECONDS)
+    def more(self) -> None:
+        """The file that is followed has grown."""
+        self._queue.put(_nothing)
+
+    def job(self, job: Job) -> None:
+        """Queue something to be done with the run, after what was queued before."""
+        self._queue.put(job)
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Queue a file for the run's artifacts; it must stay where it is until `close`."""
+        self._queue.put(lambda client, run_id: client.log_artifact(run_id, str(path), folder or None))
+
+    def close(self, status: str | None, seconds: float | None = None) -> bool:
+        """Send what is left and set the status if one is given; True when the store has everything.
+
+        One last attempt is made, for which a training waits CLOSE_SECONDS and others, with None, as long as it takes.
+        """
+        self._status = status
+        self._queue.put(None)
+        self._thread.join(seconds)
         if self._thread.is_alive():
-            self._note("MLflow does not answer: the end of the run is missing there; metrics.jsonl is complete")
+            self.failure = self.failure or "no answer"
+        return not self.failure
 
     def _work(self) -> None:
-        """Take everything that is queued, then send it in as few requests as possible."""
-        from mlflow.entities import Metric
-
-        ended = False
-        while not ended:
-            items = [self._queue.get()]
-            while not self._queue.empty():
-                items.append(self._queue.get())
-            points = [
-                Metric(name, value, stamp, position)
-                for kind, item in items
-                if kind == "metrics"
-                for position, stamp, numbers in [item]
-                for name, value in numbers.items()
-            ]
-            for i in range(0, len(points), _BATCH):
-                self._jobs.append(partial(self._client.log_batch, self.run_id, metrics=points[i : i + _BATCH]))
-            for kind, item in items:
-                if kind == "artifact":
-                    self._jobs.append(partial(self._client.log_artifact, self.run_id, *item))
-                elif kind == "end":
-                    if item is not None:
-                        self._jobs.append(partial(self._client.set_terminated, self.run_id, item))
-                    ended = True
-            if ended or self._failed_at is None or time.monotonic() - self._failed_at >= RETRY_SECONDS:
+        while not self._ended:
+            waited = None if self._failed_at is None else RETRY_SECONDS
+            try:
+                items = [self._queue.get(timeout=waited)]
+                while not self._queue.empty():
+                    items.append(self._queue.get())
+            except queue.Empty:
+                items = []
+            self._ended = None in items
+            self._jobs += [item for item in items if item is not None and item is not _nothing]
+            if self._ended or self._failed_at is None or time.monotonic() - self._failed_at >= RETRY_SECONDS:
                 self._send()
 
     def _send(self) -> None:
-        """Send what is pending; what the store could not take stays pending, what it never will is dropped."""
-        while self._jobs:
-            try:
-                self._jobs[0]()
-            except self._errors as error:
-                if isinstance(error, FileNotFoundError) or _code(error) == "INVALID_PARAMETER_VALUE":
-                    self._note(f"MLflow did not take one entry: {_short(error)}")
-                else:
-                    if self._failed_at is None:
-                        self._note(f"MLflow failed ({_short(error)}); training goes on and metrics.jsonl is complete")
-                    self._failed_at = time.monotonic()
-                    return
-            self._jobs.popleft()
-        self._failed_at = None
-
-
-def mlflow_client() -> tuple[Any, Any]:
-    """MLflow's client class, quiet and quick to give up, and what its calls raise when a store is down."""
-    for name, value in _DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    exceptions = importlib.import_module("mlflow.exceptions")
-    client_class = importlib.import_module("mlflow").MlflowClient
-    for name in ("mlflow", "alembic", "urllib3.connectionpool"):  # after the import, which sets levels of its own
-        logging.getLogger(name).setLevel(logging.ERROR)
-    return client_class, (exceptions.MlflowException, OSError, *_sql_errors())
-
-
-def _run(client: Any, config: Config, run_id: str | None, running: bool) -> str:
-    """The id of the run to write to: the resumed one when the store knows it, else a new one."""
-    exceptions = importlib.import_module("mlflow.exceptions")
-    if run_id:
+        """Send what is missing: lines first. Whatever goes wrong must not end the thread, and never the training."""
         try:
-            if running:
-                client.update_run(run_id, status="RUNNING")
-            else:
-                client.get_run(run_id)
-            return run_id
-        except exceptions.MlflowException as error:
-            if _code(error) != "RESOURCE_DOES_NOT_EXIST":
-                raise
-    experiment = client.get_experiment_by_name(config.tracking.experiment)
-    if experiment is None:
-        local = (config.tracking.uri or "sqlite:").startswith("sqlite:")
-        place = (Path(config.run_root).resolve() / "mlartifacts").as_uri() if local else None
+            if self._client is None:
+                self._client, self._run_id = self._connect()
+            for points, end in pending(self._record, self._standing.facts.sent) if self._record else ():
+                self._attempt(partial(_log, points))
+                self._standing.update(sent=end)
+            if self._ended and (status := self._status):  # before files, for which the store may have no room
+                self._attempt(lambda client, run_id: client.set_terminated(run_id, status))
+            while self._jobs:
+                self._attempt(self._jobs[0])
+                self._jobs.popleft()
+            self._failed_at, self.failure = None, ""
+        except Exception as error:
+            if not self.failure:
+                self._note(f"MLflow does not answer ({short(error)}); {METRICS} is complete and will be sent")
+            self._failed_at, self.failure = time.monotonic(), short(error)
+            self._client = None  # it may come back without the run
+
+    def _attempt(self, job: Job) -> None:
+        """Do it; what the store will never take is dropped with a line."""
         try:
-            client.create_experiment(config.tracking.experiment, artifact_location=place)
-        except exceptions.MlflowException as error:  # another run of the same job array was faster
-            if _code(error) != "RESOURCE_ALREADY_EXISTS":
+            job(self._client, self._run_id)
+        except Exception as error:
+            refused = isinstance(error, FileNotFoundError) or code(error) == "INVALID_PARAMETER_VALUE"
+            if not refused or not active(self._client, self._run_id):
                 raise
-        experiment = client.get_experiment_by_name(config.tracking.experiment)
-    tags = {**environment(), "config_hash": config_hash(config)}
-    created: str = client.create_run(experiment.experiment_id, run_name=config.name, tags=tags).info.run_id
-    entities = importlib.import_module("mlflow.entities")
-    parameters = [entities.Param(name, str(value)) for name, value in flatten(config).items()]
-    client.log_batch(created, params=parameters)
-    return created
+            self._note(f"MLflow did not take one entry: {short(error)}")
 
 
-def _sql_errors() -> tuple[type[Exception], ...]:
-    """What a database store may raise; nothing where only the client half of MLflow is installed."""
+def pending(record: Path, sent: int) -> Iterator[tuple[list[Any], int]]:
+    """MLflow's metrics of the whole lines behind byte `sent`, so many as one request takes, and the byte behind them.
+
+    Sent twice they are the same points: a store keeps one of each name, position, time and value.
+    """
+    if not record.exists():
+        return
+    points: list[Any] = []
+    with record.open("rb") as file:
+        file.seek(sent)
+        for line in file:
+            if not line.endswith(b"\n"):  # still being written
+                break
+            new = _points(line)
+            if points and len(points) + len(new) > _BATCH:
+                yield points, sent
+                points = []
+            points += new
+            sent += len(line)
+    if points:
+        yield points, sent
+
+
+def _points(line: bytes) -> list[Any]:
+    """The metrics of a line; null, which stands for a number that was not finite, is not a number here."""
+    metric = importlib.import_module("mlflow.entities").Metric
     try:
-        return (importlib.import_module("sqlalchemy.exc").SQLAlchemyError,)
-    except ImportError:
-        return ()
+        row = json.loads(line)
+        stamp, position = round(row.pop("time") * 1000), row.pop("position")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return []
+    values = {usable(name): float("nan") if value is None else value for name, value in row.items()}
+    return [metric(name, float(v), stamp, position) for name, v in values.items() if isinstance(v, int | float)]
 
 
-def _short(error: Exception) -> str:
-    """The first line of an error, at most 160 characters, without what stands before the @ of an address."""
-    text = _hidden((str(error).strip() or type(error).__name__).splitlines()[0])
-    return text if len(text) <= 160 else text[:157] + "..."
+def _log(points: list[Any], client: Any, run_id: str) -> None:
+    client.log_batch(run_id, metrics=points)
 
 
-def _hidden(text: str) -> str:
-    return re.sub(r"//[^/@\s]*@", "//***@", text)
-
-
-def _code(error: Exception) -> str:
-    return str(getattr(error, "error_code", ""))
+def _nothing(client: Any, run_id: str) -> None:
+    """Stands in the queue for lines that are in the file."""

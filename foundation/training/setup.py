@@ -23,7 +23,7 @@ from foundation.training.blocks import on_meta
 from foundation.training.data import FREE, coverage, micro_batch
 from foundation.training.engine import Engine
 from foundation.training.guard import Guard
-from foundation.training.meters import environment
+from foundation.training.meters import environment, job
 from foundation.training.optim import rule_table
 from foundation.training.pins import Score
 from foundation.training.places import Location, home
@@ -186,8 +186,9 @@ def write_record(learner: Learner, catalog: Catalog) -> list[Path]:
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "data": f"{', '.join(config.data.catalog)}, fingerprint {catalog.fingerprint}",
+        "fingerprint": catalog.fingerprint,
         "config_hash": config_hash(config),
     }
-    record = json.dumps({**environment(), **resolved}, indent=1)
+    record = json.dumps({**environment(), **job(), **resolved}, indent=1)
     folder = config.run_folder
     return [write_whole(folder / "config.yaml", resolved_yaml(config)), write_whole(folder / ENVIRONMENT, record)]

@@ -1,7 +1,8 @@
 """Where the numbers of a run go: JSON lines always, the terminal, and MLflow from rank 0.
 
 `metrics.jsonl` in the run folder is the record; MLflow is a view of it. A store that cannot be reached costs one line
-of text and never the run: everything sent to MLflow goes through one background thread, for which training never waits.
+of text and never the run: one background thread, for which training never waits, sends what the record has and the
+store lacks, now or when it answers again.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from foundation.config import Config
+from foundation.config import Config, config_hash
 from foundation.errors import ConfigError, StorageError
-from foundation.training.mlflow_sink import MlflowSink
+from foundation.training.mlflow_sink import CLOSE_SECONDS, METRICS, MlflowSink
+from foundation.training.standing import Standing
+from foundation.training.system import System
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -27,7 +31,10 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 class Tracker:
     """The interface, and what every rank but 0 holds: it records nothing."""
 
-    run_id: str | None = None
+    @property
+    def run_id(self) -> str | None:
+        """What MLflow calls the run; None as long as it does not know it."""
+        return None
 
     def log(self, position: int, metrics: Mapping[str, float]) -> None:
         """Record numbers at a position (samples seen)."""
@@ -55,9 +62,9 @@ class RunTracker(Tracker):
         folder = config.run_folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.path = folder / "metrics.jsonl"
-            _truncate(self.path, position)
-            self._lines = self.path.open("a", encoding="utf-8")
+            self._path = folder / METRICS
+            same = _truncate(self._path, position)
+            self._lines = self._path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(
                 f"the run folder cannot be written: {error.strerror}",
@@ -67,13 +74,30 @@ class RunTracker(Tracker):
         self._total = config.train.samples
         self._start = self._last = (position, time.monotonic())
         self._bar: tuple[Progress, TaskID] | None = _bar(self._total, position) if sys.stderr.isatty() else None
-        self._mlflow = MlflowSink.open(config, run_id, self.note) if config.tracking.mlflow else None
-        self.run_id = self._mlflow.run_id if self._mlflow else run_id
+        self._system = System(folder)
+        self._standing = Standing(folder, run_id)
+        left = self._standing.begin(config_hash(config), position, same)
+        self._mlflow: MlflowSink | None = None
+        if config.tracking.mlflow:
+            self._mlflow = MlflowSink.open(config, self._standing, self.note, follow=True, running=True)
+        if self._mlflow:
+            if left:
+                self._mlflow.job(lambda client, _: client.set_terminated(left, "FAILED"))
+            self._mlflow.more()
+
+    @property
+    def run_id(self) -> str | None:
+        """What MLflow calls the run; None as long as it does not know it."""
+        return self._standing.facts.run_id
 
     def log(self, position: int, metrics: Mapping[str, float]) -> None:
-        """Append a line, move the bar, queue for MLflow; a number that is not finite is written as null."""
+        """Append a line, move the bar, wake MLflow's thread; a number that is not finite is written as null.
+
+        The first line at a position says what the machine does.
+        """
         now = time.time()
         numbers = {name: float(value) for name, value in metrics.items()}
+        numbers |= self._system.read() if position > self._last[0] else {}
         finite = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         try:
             self._lines.write(json.dumps({"position": position, "time": round(now, 3), **finite}) + "\n")
@@ -86,7 +110,7 @@ class RunTracker(Tracker):
             ) from error
         self._show(position, numbers)
         if self._mlflow:
-            self._mlflow.metrics(position, now, numbers)
+            self._mlflow.more()
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Queue a file for MLflow; it must stay where it is until `close`."""
@@ -100,19 +124,22 @@ class RunTracker(Tracker):
     def rewind(self, position: int) -> None:
         """The same on disk; MLflow shows the later ones beside the earlier ones."""
         self._lines.close()
-        _truncate(self.path, position)
-        self._lines = self.path.open("a", encoding="utf-8")
+        same = _truncate(self._path, position)
+        self._standing.update(sent=min(self._standing.facts.sent, same))
+        self._lines = self._path.open("a", encoding="utf-8")
         self._start = self._last = (position, time.monotonic())
 
     def close(self, status: Status = "FINISHED") -> None:
         """Flush everything and set the run's status in MLflow; a second call does nothing."""
         if self._lines.closed:
             return
-        self._lines.close()
+        with suppress(OSError):  # a full disk: the error that is under way says so
+            self._lines.close()
         if self._bar:
             self._bar[0].stop()
-        if self._mlflow:
-            self._mlflow.close(status)
+        self._standing.update(status=status)
+        if self._mlflow and not self._mlflow.close(status, CLOSE_SECONDS):
+            self.note(f"MLflow lacks the end of this run; when it answers: foundation track {self._standing.folder}")
 
     def _show(self, position: int, numbers: Mapping[str, float]) -> None:
         """Move the bar, or print a line where there is no terminal."""
@@ -141,20 +168,26 @@ def open_tracker(config: Config, *, rank: int = 0, position: int = 0, run_id: st
     return RunTracker(config, position, run_id) if rank == 0 else Tracker()
 
 
-def _truncate(path: Path, position: int) -> None:
-    """Keep the whole lines up to `position`; a half-written one goes as well, and at position 0 all of them."""
+def _truncate(path: Path, position: int) -> int:
+    """Keep the whole lines up to `position`; a half-written one goes as well, and at position 0 all of them.
+
+    Returns how many bytes at the beginning are what they were.
+    """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        return 0
+    kept, same, whole = [], 0, True
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
-            if position and line.endswith("\n") and json.loads(line)["position"] <= position:
-                kept.append(line)
+            good = position > 0 and line.endswith(b"\n") and json.loads(line)["position"] <= position
         except (ValueError, KeyError, TypeError):
-            continue
+            good = False
+        whole = whole and good
+        same += len(line) * whole
+        kept += [line] * good
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.write_bytes(b"".join(kept))
     temporary.replace(path)
+    return same
 
 
 def _bar(total: int, position: int) -> tuple[Progress, TaskID]:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import json
 import math
 import sys
+import tempfile
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from foundation.config import Config, flatten, from_dict
+from foundation.config import Config, config_hash, flatten, from_dict
 from foundation.errors import ConfigError
-from foundation.training.meters import Throughput, environment
-from foundation.training.mlflow_sink import MlflowSink
+from foundation.training.meters import JOB, Throughput, _commit, environment, job
+from foundation.training.mlflow_sink import MlflowSink, pending
+from foundation.training.standing import FILE, Facts, Standing, read
+from foundation.training.system import System
 from foundation.training.tracking import RunTracker, Tracker, open_tracker
 
 
@@ -97,22 +103,48 @@ def test_on_a_terminal_progress_is_a_bar(tmp_path: Path, monkeypatch: pytest.Mon
     tracker.close()
 
 
-def test_a_dead_server_costs_one_line_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dead_server_costs_two_lines_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tracker = open_tracker(config(tmp_path, uri="http://127.0.0.1:9"), run_id="kept")
-    shown = capsys.readouterr().err
-    assert shown.startswith("MLflow is off: http://127.0.0.1:9 cannot be used (")
-    assert shown.endswith("metrics.jsonl is complete without it\n")
-    assert shown.count("\n") == 1
     tracker.log(300, {"loss": 0.5})
     tracker.artifact(tmp_path / "figure.png")
     tracker.close()
+    first, last = [line for line in capsys.readouterr().err.splitlines() if "MLflow" in line]
+    assert first.startswith("MLflow does not answer (http://127.0.0.1:9: ")
+    assert first.endswith("; metrics.jsonl is complete and will be sent")
+    assert last == f"MLflow lacks the end of this run; when it answers: foundation track {tmp_path / 'run'}"
     assert lines(tmp_path)[0]["loss"] == 0.5
     assert tracker.run_id == "kept", "the next checkpoint must not forget the run"
 
 
-def test_a_password_in_the_address_is_refused_before_it_is_saved_anywhere(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"):
-        config(tmp_path, uri="https://user:secret@example.org")
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"tracking": {"uri": "https://user:hunter2@example.org"}},
+        {"tracking": {"uri": "https://:hunter2@example.org"}},
+        {"tracking": {"uri": "postgresql://host/db?password=hunter2"}},
+        {"data": {"catalog": ["corpus", "https://me:hunter2@host/corpus"]}},
+        {"monitor": {"probe": "https://host/corpus?token=hunter2"}},
+        {"model": {"init": "s3://me:hunter2@bucket/run"}},
+        {"nonsense": "https://me:hunter2@host"},
+    ],
+)
+def test_a_secret_in_an_address_is_refused_before_it_is_saved_and_is_not_shown(keys: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError) as error:
+        from_dict(keys)
+    assert "hunter2" not in str(error.value)
+    assert "***" in str(error.value)
+    if "nonsense" not in keys:
+        assert "a URL without user name or query; credentials come from the environment" in str(error.value)
+
+
+def test_a_secret_in_the_environment_reaches_no_line_and_no_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:hunter2@127.0.0.1:9")
+    tracker = open_tracker(config(tmp_path))
+    tracker.close()
+    assert "MLflow does not answer (http://***@127.0.0.1:9: " in capsys.readouterr().err
+    assert all(b"hunter2" not in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
 def test_missing_mlflow_costs_one_line_and_nothing_else(
@@ -128,13 +160,16 @@ def test_missing_mlflow_costs_one_line_and_nothing_else(
 
 
 def test_the_store_holds_parameters_metrics_tags_files_and_the_resumed_run(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
 
     setting = config(tmp_path)
+    (tmp_path / "run").mkdir()
+    facts = {"commit": "abc-dirty", "engine": "ddp", "world_size": 2, "slurm_job_id": "7", "slurm_array_task_id": "3"}
+    (tmp_path / "run" / "environment.json").write_text(json.dumps(facts))
     first = open_tracker(setting)
-    first.log(300, {"loss": 0.5, "eval/top1": 0.1})
+    first.log(300, {"loss": 0.5, "eval/top1, linear": 0.1, "grad_norm": math.nan})
     (tmp_path / "figure.txt").write_text("figure")
     first.artifact(tmp_path / "gone.txt")
     first.artifact(tmp_path / "figure.txt", "figures")
@@ -142,24 +177,85 @@ def test_the_store_holds_parameters_metrics_tags_files_and_the_resumed_run(
     assert "MLflow did not take one entry: " in capsys.readouterr().err
     client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     assert first.run_id is not None
-    assert client.get_run(first.run_id).info.status == "KILLED"
+    run = client.get_run(first.run_id)
+    assert run.info.status == "KILLED"
+    assert run.data.params == {key: str(value) for key, value in flatten(setting).items()}
+    assert run.data.metrics["eval/top1 linear"] == 0.1
+    assert math.isnan(run.data.metrics["grad_norm"])
+    assert run.data.metrics["system/system_memory_usage_megabytes"] > 0
+    wanted = {name: str(value) for name, value in facts.items()}
+    wanted |= {"mlflow.source.git.commit": "abc", "git_dirty": "True", "mlflow.source.type": "JOB"}
+    assert run.data.tags.items() >= wanted.items()
+    assert run.data.tags["config_hash"] == config_hash(setting)
+    assert [file.path for file in client.list_artifacts(first.run_id, "figures")] == ["figures/figure.txt"]
+    assert (tmp_path / "mlartifacts" / first.run_id / "artifacts" / "figures" / "figure.txt").exists()
 
+    (tmp_path / "run" / "environment.json").write_text(json.dumps({"commit": "abc", "host": "n1"}))
     second = open_tracker(setting, position=300, run_id=first.run_id)
     second.log(600, {"loss": 0.25})
     second.close()
     assert second.run_id == first.run_id
     run = client.get_run(first.run_id)
     assert run.info.status == "FINISHED"
-    assert run.data.params == {key: str(value) for key, value in flatten(setting).items()}
-    assert [(m.step, m.value) for m in client.get_metric_history(first.run_id, "loss")] == [(300, 0.5), (600, 0.25)]
-    assert run.data.metrics["eval/top1"] == 0.1
-    assert run.data.tags.items() >= environment().items()
-    assert [file.path for file in client.list_artifacts(first.run_id, "figures")] == ["figures/figure.txt"]
-    assert (tmp_path / "mlartifacts" / first.run_id / "artifacts" / "figures" / "figure.txt").exists()
+    assert run.data.tags.items() >= {"git_dirty": "False", "host": "n1"}.items()
+    assert "slurm_job_id" not in run.data.tags, "the job before is not the one of now"
 
-    moved = open_tracker(setting, position=600, run_id="0" * 32)
+    (tmp_path / "run" / FILE).unlink()
+    lost = open_tracker(setting, position=600, run_id=first.run_id)
+    lost.close("FAILED")
+    assert lost.run_id == first.run_id, "the checkpoint knows it"
+    assert [(m.step, m.value) for m in client.get_metric_history(first.run_id, "loss")] == [(300, 0.5), (600, 0.25)]
+
+    client.delete_run(first.run_id)
+    moved = open_tracker(setting, position=600, run_id=first.run_id)
     moved.close()
-    assert moved.run_id not in (None, first.run_id, "0" * 32), "a run the store does not know is begun anew"
+    assert moved.run_id not in (None, first.run_id), "a run that the store has no more is begun anew"
+    assert [(m.step, m.value) for m in client.get_metric_history(moved.run_id, "loss")] == [(300, 0.5), (600, 0.25)]
+
+
+def test_a_start_anew_goes_on_under_the_same_settings_and_is_another_run_under_others(tmp_path: Path) -> None:
+    def begin(config_hash: str, status: str, position: int = 0) -> tuple[Facts, str | None]:
+        standing = Standing(tmp_path)
+        left = standing.begin(config_hash, position, 10)
+        standing.belongs_to(standing.facts.run_id or f"id of {standing.facts.key}")
+        standing.update(sent=50, status=status)
+        return standing.facts, left
+
+    first, _ = begin("a", "RUNNING")
+    again, left = begin("a", "RUNNING")
+    assert (again, left) == (first, None)
+    other, left = begin("b", "FINISHED")
+    assert left == first.run_id, "it was killed, and the store does not know"
+    assert (other.key != first.key, other.run_id != first.run_id) == (True, True)
+    assert begin("c", "FINISHED", position=8)[0].key == other.key, "a resumed run is the same one"
+    assert begin("d", "FINISHED")[1] is None, "the one before has ended"
+    (tmp_path / FILE).write_text('{"key"')
+    assert read(tmp_path) is None
+
+
+def test_what_is_sent_begins_where_the_record_was_changed(tmp_path: Path) -> None:
+    standing = Standing(tmp_path)
+    standing.update(sent=100)
+    standing.begin("a", 8, 60)
+    assert Standing(tmp_path).facts.sent == 60
+    standing.begin("a", 8, 90)
+    assert Standing(tmp_path).facts.sent == 60
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 700), max_size=5), st.integers(0, 5), st.booleans())
+def test_every_whole_line_is_sent_once_in_requests_that_a_store_takes(sizes: list[int], cut: int, half: bool) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder) / "metrics.jsonl"
+        rows = [{"position": i, "time": 1.5, **{f"m{j}": j for j in range(n)}} for i, n in enumerate(sizes)]
+        whole = [json.dumps(row) + "\n" for row in rows]
+        record.write_text("".join(whole) + '{"position": 99, "ti' * half)
+        skipped = whole[:cut]
+        requests = list(pending(record, len("".join(skipped))))
+    points = [(p.step, p.key, p.value, p.timestamp) for metrics, _ in requests for p in metrics]
+    assert points == [(i, f"m{j}", j, 1500) for i, n in enumerate(sizes) if i >= cut for j in range(n)]
+    assert all(0 < len(metrics) <= 1000 for metrics, _ in requests)
+    assert not requests or requests[-1][1] == len("".join(whole))
 
 
 class _Flaky:
@@ -178,9 +274,21 @@ class _Flaky:
         self.status = status
 
 
+def sink_of(store: Any, root: Path, note: Any) -> MlflowSink:
+    """A sink that follows `root/metrics.jsonl`, of 2500 lines."""
+    record = root / "metrics.jsonl"
+    record.write_text("".join(f'{{"position": {i}, "time": 0, "loss": {i}}}\n' for i in range(2500)))
+    return MlflowSink(lambda: (store, "id"), Standing(root), record, note)
+
+
+OUTAGE = "MLflow does not answer (connection lost); metrics.jsonl is complete and will be sent"
+
+
 @pytest.mark.parametrize("failures", [0, 1])
-def test_metrics_of_an_outage_are_sent_afterwards_in_order(failures: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foundation.training.mlflow_sink.RETRY_SECONDS", 0.0)
+def test_metrics_of_an_outage_are_sent_afterwards_in_order(
+    failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("foundation.training.mlflow_sink.RETRY_SECONDS", 0.01)
     notes, noted = list[str](), threading.Event()
     store = _Flaky(failures)
 
@@ -188,36 +296,121 @@ def test_metrics_of_an_outage_are_sent_afterwards_in_order(failures: int, monkey
         notes.append(text)
         noted.set()
 
-    sink = MlflowSink(store, "id", note, (OSError,))
-    for position in range(2500):
-        sink.metrics(position, 0.0, {"loss": position})
+    sink = sink_of(store, tmp_path, note)
+    sink.more()
     assert noted.wait(10.0) if failures else True, "the outage is met before the end, whose last attempt ends it"
-    sink.metrics(2500, 0.0, {"loss": 2500})
-    sink.close("FINISHED")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"position": 2500, "time": 0, "loss": 2500}\n')
+    assert sink.close("FINISHED")
     assert store.points == list(range(2501))
     assert store.status == "FINISHED"
-    assert notes == ["MLflow failed (connection lost); training goes on and metrics.jsonl is complete"] * failures
+    assert notes == [OUTAGE] * failures
+    assert Standing(tmp_path).facts.sent == (tmp_path / "metrics.jsonl").stat().st_size
 
 
-def test_a_store_that_stays_dead_is_reported_once() -> None:
+def test_a_store_that_stays_dead_is_reported_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("foundation.training.mlflow_sink.RETRY_SECONDS", 0.0)
     notes: list[str] = []
-    sink = MlflowSink(_Flaky(10**9), "id", notes.append, (OSError,))
-    for position in range(100):
-        sink.metrics(position, 0.0, {"loss": 1.0})
-    sink.close("FINISHED")
-    assert notes == ["MLflow failed (connection lost); training goes on and metrics.jsonl is complete"]
+    sink = sink_of(_Flaky(10**9), tmp_path, notes.append)
+    for _ in range(100):
+        sink.more()
+    assert not sink.close("FINISHED")
+    assert sink.failure == "connection lost"
+    assert notes == [OUTAGE]
+    assert Standing(tmp_path).facts.sent == 0
 
 
-def test_a_store_that_hangs_does_not_hold_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foundation.training.mlflow_sink.CLOSE_SECONDS", 0.05)
-    release, notes = threading.Event(), list[str]()
-    store = _Flaky(0)
+def test_a_store_that_hangs_does_not_hold_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release, store = threading.Event(), _Flaky(0)
     monkeypatch.setattr(store, "log_batch", lambda *_, **__: release.wait())
-    sink = MlflowSink(store, "id", notes.append, (OSError,))
-    sink.metrics(1, 0.0, {"loss": 1.0})
-    sink.close("FINISHED")
+    sink = sink_of(store, tmp_path, print)
+    sink.more()
+    assert not sink.close("FINISHED", 0.05)
+    assert sink.failure == "no answer"
     release.set()
-    assert notes == ["MLflow does not answer: the end of the run is missing there; metrics.jsonl is complete"]
+
+
+def test_a_file_that_finds_no_room_does_not_keep_the_end_of_the_run_from_the_store(tmp_path: Path) -> None:
+    store = _Flaky(0)
+    notes: list[str] = []
+    sink = sink_of(store, tmp_path, notes.append)
+    sink.artifact(tmp_path / "x")  # this store takes none at all
+    assert not sink.close("FINISHED")
+    assert (store.status, len(store.points)) == ("FINISHED", 2500)
+    assert "has no attribute 'log_artifact'" in notes[0]
+
+
+class _Nvml:
+    """The calls of pynvml for two devices, of which the second says only its memory."""
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlInit(self) -> None: ...
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, i: int) -> int:
+        return i
+
+    def _whole(self, gpu: int) -> None:
+        if gpu:
+            raise self.NVMLError
+
+    def nvmlDeviceGetUtilizationRates(self, gpu: int) -> Any:
+        self._whole(gpu)
+        return SimpleNamespace(gpu=87)
+
+    def nvmlDeviceGetMemoryInfo(self, gpu: int) -> Any:
+        return SimpleNamespace(used=2e9, total=8e9)
+
+    def nvmlDeviceGetPowerUsage(self, gpu: int) -> int:
+        self._whole(gpu)
+        return 412_340
+
+
+def test_the_machine_says_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", _Nvml())
+    found = System(tmp_path).read()
+    assert {k: v for k, v in found.items() if "gpu" in k} == {
+        "system/gpu_0_utilization_percentage": 87.0,
+        "system/gpu_0_memory_usage_megabytes": 2000.0,
+        "system/gpu_0_memory_usage_percentage": 25.0,
+        "system/gpu_0_power_usage_watts": 412.3,
+        "system/gpu_1_memory_usage_megabytes": 2000.0,
+        "system/gpu_1_memory_usage_percentage": 25.0,
+    }
+    assert 0 < found["system/system_memory_usage_percentage"] < 100
+    assert found["system/disk_available_megabytes"] > 0
+    assert 0 <= found["system/cpu_utilization_percentage"] <= 100
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert System(tmp_path).read() == {}
+
+
+def test_a_job_is_named_by_what_slurm_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in JOB.values():
+        monkeypatch.delenv(variable, raising=False)
+    assert job().keys() == {"host"}
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    found = job()
+    assert found | {"host": ""} == {
+        "host": "", "slurm_job_id": "12", "slurm_array_task_id": "3", "slurm_restart_count": "0"
+    }  # fmt: skip
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
+    assert job()["slurm_restart_count"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("record", "commit"),
+    [('{"commit": "abc", "dirty": true}', "abc-dirty"), ('{"commit": "abc", "dirty": false}', "abc"),
+     ('{"commit": null, "dirty": false}', ""), ("[]", ""), ("{", "")],
+)  # fmt: skip
+def test_code_that_was_copied_beside_a_job_knows_its_commit(tmp_path: Path, record: str, commit: str) -> None:
+    (tmp_path / "submission.json").write_text(record)
+    assert _commit(tmp_path / "code") == commit
 
 
 def test_throughput_counts_images_and_waiting_from_one_reading_to_the_next() -> None:

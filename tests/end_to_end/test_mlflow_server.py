@@ -1,0 +1,300 @@
+"""Against a real MLflow server: it may be absent, die and come back, and in the end it has every number once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mlflow import pyfunc
+from mlflow.artifacts import download_artifacts
+from processes import finish, position, start, wait
+
+from foundation.config import Config, from_dict
+from foundation.errors import CheckpointError, ConfigError, StorageError
+from foundation.evaluation.histories import from_mlflow
+from foundation.evaluation.runs import evaluate_run, read_scores
+from foundation.interchange import registration
+from foundation.interchange.export import load_export
+from foundation.interchange.registration import check, register
+from foundation.interchange.source import pooled
+from foundation.training import mlflow_sink
+from foundation.training.mlflow_store import mlflow_client
+from foundation.training.standing import Standing, read
+from foundation.training.tracking import open_tracker
+
+Make = Callable[..., Config]
+Command = Callable[..., Any]
+Points = dict[str, list[tuple[int, int, float]]]
+
+
+class Server:
+    """`mlflow server` on a free port of loopback, with a database and artifacts of its own; it keeps both when down."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri, self.folder = f"http://127.0.0.1:{self.port}", folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Returns when it answers; nothing is done where it does."""
+        if self._process:
+            return
+        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
+        command += ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=quiet, start_new_session=True)
+        end = time.monotonic() + 240
+        while time.monotonic() < end:
+            assert self._process.poll() is None, (self.folder / "log").read_text()
+            with socket.socket() as tried:
+                if tried.connect_ex(("127.0.0.1", self.port)) == 0:
+                    return
+            time.sleep(0.1)
+        raise AssertionError("the server does not start")
+
+    def kill(self) -> None:
+        """Like a machine that fails."""
+        if self._process:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Not started: the first test needs it absent."""
+    made = Server(tmp_path_factory.mktemp("server"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")  # a busy machine is no outage
+        yield made
+    made.kill()
+
+
+@pytest.fixture
+def client(server: Server) -> Any:
+    return mlflow_client()[0](tracking_uri=server.uri)
+
+
+@pytest.fixture
+def tracked(tiny_yaml: Path, server: Server) -> Path:
+    """The tiny configuration, endless, tracked by the server."""
+    text = tiny_yaml.read_text().replace("mlflow: false", f"mlflow: true, uri: '{server.uri}'")
+    text = text.replace("samples: 96", "samples: 10000000").replace("log_every: 8", "log_every: 400")
+    tiny_yaml.write_text(text.replace("checkpoint_every: 16, keep: 100", "checkpoint_every: 4000, keep: 1"))
+    return tiny_yaml
+
+
+def recorded(run: Path) -> Points:
+    """name → (position, milliseconds, value) of every number in metrics.jsonl."""
+    found: Points = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        at = row.pop("position"), round(row.pop("time") * 1000)
+        for name, value in row.items():
+            found.setdefault(name, []).append((*at, value))
+    return found
+
+
+def stored(client: Any, run_id: str) -> Points:
+    """The same of everything the server has."""
+    names = client.get_run(run_id).data.metrics
+    return {
+        name: sorted((p.step, p.timestamp, p.value) for p in client.get_metric_history(run_id, name)) for name in names
+    }
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def runs(client: Any, experiment: str = "foundation") -> list[Any]:
+    return list(client.search_runs([client.get_experiment_by_name(experiment).experiment_id]))
+
+
+def test_one_run_goes_on_without_its_server_through_a_stop_and_a_kill(
+    tracked: Path, tiny_config: Make, server: Server, client: Any, command: Command
+) -> None:
+    run = tiny_config().run_folder
+    process = start("train", tracked)
+    wait(process, lambda: position(run) >= 800)
+    assert (facts := read(run)) is not None
+    assert (facts.run_id, facts.sent, facts.status) == (None, 0, "RUNNING")
+    server.start()
+    (run / "stop").touch()
+    code, output = finish(process)
+    assert code == 85, output
+    assert output.count(f"MLflow does not answer ({server.uri}: ") == 1, "an outage costs one line"
+    (first,) = runs(client)
+    assert first.info.status == "KILLED"
+    assert stored(client, first.info.run_id) == recorded(run), "what was missed is there, once"
+    assert first.data.tags.items() >= {"engine": "single", "world_size": "1"}.items()
+    assert first.data.tags["fingerprint"] in json.loads((run / "environment.json").read_text())["data"]
+
+    process = start("train", tracked)
+    wait(process, lambda: runs(client)[0].info.status == "RUNNING")
+    code, _, err = command("track", run)
+    assert code == 2
+    assert f"another run writes to this folder: process {process.pid} on " in err, "it sends by itself"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (killed,) = runs(client)
+    assert (killed.info.run_id, killed.info.status) == (first.info.run_id, "RUNNING"), "nobody told the server"
+    code, out, err = command("track", run)
+    assert (code, err) == (0, "")
+    assert first.info.run_id in out
+    assert runs(client)[0].info.status == "FAILED"
+
+    process = start("train", tracked)
+    wait(process, lambda: runs(client)[0].info.status == "RUNNING")
+    (run / "stop").touch()
+    assert finish(process)[0] == 85
+    (last,) = runs(client)
+    assert (last.info.run_id, last.info.status) == (first.info.run_id, "KILLED")
+    there = stored(client, last.info.run_id)
+    assert all(set(points) <= set(there[name]) for name, points in recorded(run).items())
+    assert all(len(points) == len(set(points)) for points in there.values())
+
+
+def test_a_server_that_dies_under_a_run_and_comes_back_gets_what_it_missed_once(
+    tmp_path: Path, server: Server, client: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server.start()
+    monkeypatch.setattr(mlflow_sink, "RETRY_SECONDS", 0.5)
+    setting = from_dict(
+        {"name": "run", "run_root": str(tmp_path), "tracking": {"uri": server.uri, "experiment": "outage"}}
+    )
+    tracker, run = open_tracker(setting), tmp_path / "run"
+
+    def sent() -> bool:
+        return Standing(run).facts.sent == (run / "metrics.jsonl").stat().st_size
+
+    tracker.log(100, {"loss": 1.0})
+    until(sent)
+    server.kill()
+    tracker.log(200, {"loss": 0.5})
+    until(lambda: "MLflow does not answer (" in capsys.readouterr().err)
+    began = time.monotonic()
+    for i in range(300):
+        tracker.log(300 + i, {"loss": 0.4})
+    assert time.monotonic() - began < 5, "a line waits for no server"
+    assert not sent()
+    server.start()
+    until(sent)
+    tracker.log(1000, {"loss": 0.3})
+    tracker.close()
+    (found,) = runs(client, "outage")
+    assert found.info.status == "FINISHED"
+    assert stored(client, found.info.run_id) == recorded(run)
+    assert len(recorded(run)["loss"]) == 303
+
+    Standing(run).update(sent=0)  # as if the answer, or the file with the mark, had been lost
+    again = open_tracker(setting, position=1000)
+    again.close("KILLED")
+    assert stored(client, found.info.run_id) == recorded(run), "sent twice, there once"
+    assert runs(client, "outage")[0].info.status == "KILLED"
+
+
+@pytest.fixture
+def judged(finished: Path, catalog: Path, tmp_path: Path) -> Path:
+    """A run without MLflow, and its scores under one protocol."""
+    run = tmp_path / "judged"
+    shutil.copytree(finished, run)
+    evaluate_run(run, str(catalog), "knn", crop=None)
+    assert not (run / "mlflow.db").exists()
+    return run
+
+
+def test_a_run_of_a_node_without_network_is_sent_later_and_its_evaluations_are_runs_below_it(
+    judged: Path, server: Server, client: Any, command: Command
+) -> None:
+    server.start()
+    code, out, err = command("track", judged, "--uri", server.uri)
+    assert (code, err) == (0, ""), err
+    (parent,) = [run for run in runs(client) if run.info.run_id in out]
+    assert parent.info.status == "FINISHED"
+    assert stored(client, parent.info.run_id) == recorded(judged)
+    assert {"config.yaml", "environment.json", "report.html", "figures", "scores.json"} <= {
+        file.path for file in client.list_artifacts(parent.info.run_id)
+    }
+
+    def children() -> list[Any]:
+        return [run for run in runs(client) if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+
+    (child,) = children()
+    scores = {(s.encoder, s.metric): s for s in read_scores(judged)}
+    assert child.data.metrics["pretrained/accuracy"] == scores["pretrained", "accuracy"].mean
+    assert child.data.metrics["random-init/accuracy_low"] == scores["random-init", "accuracy"].low
+    assert child.data.params.items() >= {"protocol": "knn", "weights": "96 samples", "crop": "None", "k": "20"}.items()
+    assert child.info.run_name == f"knn: {scores['pretrained', 'accuracy'].settings['measurement']}"
+    files = {file.path for file in client.list_artifacts(child.info.run_id)}
+    assert files >= {"scores.json", "predictions"}
+    assert len(client.list_artifacts(child.info.run_id, "predictions")) == 4
+    assert child.info.status == "FINISHED"
+
+    assert command("track", judged, "--uri", server.uri).code == 0
+    (again,) = children()
+    assert again.info.run_id == child.info.run_id
+    assert stored(client, child.info.run_id) == {n: [p] for n, (p,) in stored(client, child.info.run_id).items()}
+    assert stored(client, parent.info.run_id) == recorded(judged)
+    assert [h.name for h in from_mlflow(server.uri, "foundation") if "knn" in h.name] == [], "curves are of trainings"
+
+
+def test_an_export_is_registered_with_signature_and_card_and_gives_the_same_features(
+    finished: Path, tmp_path: Path, server: Server, client: Any, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.start()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)  # the run names no server
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for form, version in (("torch", 1), ("onnx", 2)):
+        code, out, err = command("export", run, tmp_path / form, "--format", form, "--register", "sar")
+        assert (code, err) == (0, ""), err
+        assert f"models:/sar/{version}, features differ by " in out
+    made = client.get_model_version("sar", "1")
+    assert made.description.startswith("# tiny: SAR ViT nano/8")
+    assert made.tags["samples"] == "96"
+    assert client.get_run(made.run_id).info.run_name == "tiny"
+    model = pyfunc.load_model(download_artifacts(made.source, dst_path=str(tmp_path), tracking_uri=server.uri))
+    (given,), (got,) = model.metadata.signature.inputs.inputs, model.metadata.signature.outputs.inputs
+    assert (given.shape, given.type, got.shape) == ((-1, 1, -1, -1), np.dtype("float32"), (-1, 48))
+    images = np.random.default_rng(0).random((3, 1, 64, 64), dtype=np.float32)
+    encoder, facts = load_export(tmp_path / "torch")
+    with torch.no_grad():
+        wanted = pooled(encoder, encoder.forward_features(torch.from_numpy(images)), facts["pool"])[0].numpy()
+    np.testing.assert_allclose(model.predict(images), wanted, atol=1e-5)
+    assert register(run, tmp_path / "torch", "sar").version == "1", "the same bytes are the same version"
+
+    with pytest.raises(ConfigError, match="does not take the format timm-stock"):
+        check("timm-stock", "sar")
+    with pytest.raises(ConfigError, match="'a/b' is no name of a model"):
+        check("torch", "a/b")
+    monkeypatch.setattr(registration, "features", lambda *_: (torch.zeros(2, 48),))
+    with pytest.raises(CheckpointError, match=r"features of the registered model differ by .*; it was taken back"):
+        register(run, tmp_path / "torch", "sar")
+    assert [v.version for v in client.search_model_versions("name = 'sar'")] == ["2"]
+    server.kill()
+    with pytest.raises(StorageError, match="the model was not registered"):
+        register(run, tmp_path / "torch", "sar")
+    code, _, err = command("track", run)
+    assert code == 2
+    assert "StorageError: the MLflow store does not answer: " in err
+    assert "start it, or name another with --uri; then run this again" in err
