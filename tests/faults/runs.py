@@ -94,7 +94,7 @@ class Bench:
         heal: Callable[[], object] = lambda: None,
     ) -> Trial:
         """Start a run, `inject(pid)` past `goal` samples; if it ends early `heal()` and start it again."""
-        run, log = config.run_folder, config.run_folder.parent / f"{config.name}.log"
+        run, log = config.run_folder, self.log.parent / f"{config.name}.log"  # not on a disk that may be full
         pid = forked(config, log, prepare)
         end = time.monotonic() + PATIENCE
         while position(run) < goal:
