@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from foundation.config import Config
 from foundation.errors import ConfigError, StorageError
+from foundation.training.events import Events
 from foundation.training.mlflow_sink import MlflowSink
 
 if TYPE_CHECKING:
@@ -28,18 +29,22 @@ class Tracker:
     """The interface, and what every rank but 0 holds: it records nothing."""
 
     run_id: str | None = None
+    position: int = 0
+    """Of the newest line, or where this attempt began."""
+    reached: int = 0
+    """The furthest position of the lines that were there when this attempt began."""
 
     def log(self, position: int, metrics: Mapping[str, float]) -> None:
         """Record numbers at a position (samples seen)."""
+
+    def event(self, kind: str, position: int, **facts: Any) -> None:
+        """Record that something happened at a position; see `training.events`. From any thread, and it never raises."""
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Hand a finished file (a figure, a report) to MLflow, under `folder` of the run's artifacts."""
 
     def note(self, text: str) -> None:
         """Show one line to the person at the terminal."""
-
-    def event(self, kind: str, position: int, **facts: Any) -> None:
-        """Record what happened."""
 
     def rewind(self, position: int) -> None:
         """Take back the numbers beyond a position that will be reached again."""
@@ -56,7 +61,8 @@ class RunTracker(Tracker):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.path = folder / "metrics.jsonl"
-            _truncate(self.path, position)
+            self.reached = _truncate(self.path, position)
+            self._events = Events(folder)
             self._lines = self.path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(
@@ -64,7 +70,7 @@ class RunTracker(Tracker):
                 where=str(folder),
                 do="change run_root or name, or correct the permissions",
             ) from error
-        self._total = config.train.samples
+        self.position, self._total = position, config.train.samples
         self._start = self._last = (position, time.monotonic())
         self._bar: tuple[Progress, TaskID] | None = _bar(self._total, position) if sys.stderr.isatty() else None
         self._mlflow = MlflowSink.open(config, run_id, self.note) if config.tracking.mlflow else None
@@ -84,9 +90,17 @@ class RunTracker(Tracker):
                 where=self._lines.name,
                 do="free space; the run resumes from its last checkpoint by the same command",
             ) from error
+        self.position = position
         self._show(position, numbers)
         if self._mlflow:
             self._mlflow.metrics(position, now, numbers)
+
+    def event(self, kind: str, position: int, **facts: Any) -> None:
+        """Append a line to events.jsonl; where that fails, one at the terminal: the error of a run stays in sight."""
+        try:
+            self._events.write(kind, position, facts)
+        except OSError as error:
+            self.note(f"events.jsonl cannot be written: {error.strerror} ({kind} at {position:,} samples)")
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Queue a file for MLflow; it must stay where it is until `close`."""
@@ -102,6 +116,7 @@ class RunTracker(Tracker):
         self._lines.close()
         _truncate(self.path, position)
         self._lines = self.path.open("a", encoding="utf-8")
+        self.position = position
         self._start = self._last = (position, time.monotonic())
 
     def close(self, status: Status = "FINISHED") -> None:
@@ -141,20 +156,26 @@ def open_tracker(config: Config, *, rank: int = 0, position: int = 0, run_id: st
     return RunTracker(config, position, run_id) if rank == 0 else Tracker()
 
 
-def _truncate(path: Path, position: int) -> None:
-    """Keep the whole lines up to `position`; a half-written one goes as well, and at position 0 all of them."""
+def _truncate(path: Path, position: int) -> int:
+    """Keep the whole lines up to `position`; a half-written one goes as well, and at position 0 all of them.
+
+    Returns the furthest position of any line, kept or not.
+    """
     if not path.exists():
-        return
-    kept = []
+        return 0
+    kept, reached = [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         try:
-            if position and line.endswith("\n") and json.loads(line)["position"] <= position:
+            at = int(json.loads(line)["position"])
+            reached = max(reached, at)
+            if position and line.endswith("\n") and at <= position:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             continue
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
+    return reached
 
 
 def _bar(total: int, position: int) -> tuple[Progress, TaskID]:
