@@ -14,6 +14,7 @@ from foundation.inspecting.lines import sound
 from foundation.training.lock import NAME
 
 BEGINS = ("start", "restart")
+UNHEARD = ("running", "no word")  # of the newest attempt, when it has not said that it ended
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -49,7 +50,7 @@ def attempts(events: Rows, rows: Rows, alive: bool) -> list[Attempt]:
         heard = [*mine, *(row for row in rows[-1:] if newest and row["time"] >= begin["time"])]
         after = 0 if newest else events[end].get("reached", 0)
         stop = next((event for event in reversed(mine) if event["kind"] == "stop"), None)
-        unheard = ("running" if alive else "no word") if newest else "killed"
+        unheard = UNHEARD[not alive] if newest else "killed"
         before = found[-1] if found else None
         found.append(
             Attempt(

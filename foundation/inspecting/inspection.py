@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from foundation.config import Config, load
 from foundation.errors import DataError
 from foundation.files import read_json
-from foundation.inspecting.attempts import Attempt, alive, attempts
+from foundation.inspecting.attempts import UNHEARD, Attempt, alive, attempts
 from foundation.inspecting.checkpoints import Checkpoints, checkpoints
 from foundation.inspecting.coverage import Coverage, coverage
 from foundation.inspecting.lines import read_lines, sound
@@ -87,10 +87,12 @@ def inspect(run: Path, data: bool = True) -> Inspection:
     kept = checkpoints(run, happened)
     known = [metrics.rows[-1]["position"]] if metrics.rows else [each.position for each in kept.kept if not each.flaw]
     position, end = int(max(known, default=0)), last_position(config) if config else None
-    found = windows(metrics.rows)
+    found, word = windows(metrics.rows), state(tried, position, end)
+    if word == "complete" and tried and tried[-1].status in UNHEARD:
+        tried[-1] = tried[-1]._replace(status=word)  # it writes its report, or was killed while it did
     return Inspection(
         run=str(run),
-        state=state(tried, position, end),
+        state=word,
         position=position,
         samples=end,
         rows=metrics.rows,

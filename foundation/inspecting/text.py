@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
-from itertools import pairwise
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 from foundation.inspecting.inspection import Inspection
 from foundation.inspecting.lines import sound
-from foundation.planning.figures import BARS
+from foundation.inspecting.words import bars, facts, span, when
 
 CURVES = ("loss", "grad_norm", "lr", "feature_std", "rankme", "target_variance", "probe_knn", "probe_linear")
-COLUMNS = 32  # characters of a curve
 NEWEST = 20  # events that are shown
 Row = tuple[str, ...]
 
@@ -89,19 +85,19 @@ def time(found: Inspection) -> Section:
 
 def restarts(found: Inspection) -> Section:
     """Every attempt."""
-    header = ("attempt", "began", "from", "to", "processes", "engine", "host", "commit", "done again", "end")
+    header = ("attempt", "began", "from", "to", "done again", "end", "processes", "engine", "host", "commit")
     rows = [
         (
             f"{a.number} ({a.kind})",
             when(a.began),
             f"{a.position:,}",
             f"{a.reached:,}",
+            f"{a.redone:,}",
+            f"{a.status}: {a.reason}" if a.reason else a.status,
             "-" if a.world_size is None else str(a.world_size),
             a.engine or "-",
             a.host or "-",
             a.commit or "-",
-            f"{a.redone:,}",
-            f"{a.status}: {a.reason}" if a.reason else a.status,
         )
         for a in found.attempts
     ]
@@ -169,29 +165,3 @@ def environment(found: Inspection) -> Section:
     rows = [(str(name), str(value)) for name, value in found.environment.items()]
     note = () if rows else ("there is no environment.json",)
     return Section("environment", "Environment", ("fact", "newest attempt"), rows, note)
-
-
-def facts(event: Mapping[str, Any]) -> str:
-    """What an event says beside its kind, position and time."""
-    said = {key: value for key, value in event.items() if key not in ("kind", "position", "time")}
-    words = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in said.items())
-    return ", ".join(words)
-
-
-def bars(values: Sequence[float]) -> str:
-    """A curve in one line of text: means of equal parts, from the lowest to the highest of them."""
-    width = min(COLUMNS, len(values))
-    cuts = [len(values) * n // width for n in range(width + 1)]
-    means = [math.fsum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
-    low, high = min(means), max(means)
-    return "".join(BARS[round((mean - low) / ((high - low) or 1) * (len(BARS) - 1))] for mean in means)
-
-
-def when(seconds: float) -> str:
-    """A moment, in UTC."""
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def span(seconds: float) -> str:
-    """A length of time."""
-    return f"{seconds:.2f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foundation.files import read_json
+from foundation.training.stopping import Stopped
 
 if TYPE_CHECKING:
     from foundation.training.tracking import Status, Tracker
@@ -67,8 +68,9 @@ def began(tracker: Tracker, environment: Path, position: int, resumed: bool) -> 
 def ended(tracker: Tracker, status: Status) -> None:
     """The event of an attempt's end, with the reason: the error that is under way."""
     error = sys.exception()
-    facts = {"status": WORDS[status]}
-    if error is not None:
-        text = getattr(error, "reason", "") or f"{type(error).__name__}: {error}"
-        facts["reason"] = text.partition("\n")[0].removesuffix(": ")[:SHOWN]
-    tracker.event("stop", getattr(error, "position", tracker.position), **facts)
+    facts, position = {"status": WORDS[status]}, tracker.position
+    if isinstance(error, Stopped):
+        facts["reason"], position = error.reason, error.position
+    elif error is not None:
+        facts["reason"] = f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")[:SHOWN]
+    tracker.event("stop", position, **facts)

@@ -17,7 +17,7 @@ from processes import record
 
 from foundation.errors import DataError, StorageError
 from foundation.evaluation.figures.operations import speed_figure, time_figure
-from foundation.inspecting import inspection, text
+from foundation.inspecting import inspection, text, words
 from foundation.inspecting.attempts import alive
 from foundation.inspecting.coverage import spans
 from foundation.inspecting.inspection import inspect
@@ -48,8 +48,8 @@ def test_every_attempt_has_its_beginning_its_end_and_what_was_done_again(broken:
     assert [attempt.idle_s for attempt in found.attempts] == [None, 79.0, 78.0]
     assert found.state == "failed"
     table = section(found, "restarts")
-    assert table.rows[1] == ("2 (restart)", "2023-11-14 22:15:00", "200", "400", "4", "ddp", "node1", "0123456789ab",
-                             "100", "stopped: SIGTERM")  # fmt: skip
+    assert table.rows[1] == ("2 (restart)", "2023-11-14 22:15:00", "200", "400", "100", "stopped: SIGTERM", "4", "ddp",
+                             "node1", "0123456789ab")  # fmt: skip
     assert table.notes == ("100 samples were seen again after 2 restart(s).",)
     assert ("why", "NumericsError: the gradient norm is nan") in section(found, "state").rows
 
@@ -110,9 +110,9 @@ def test_a_run_without_metrics_says_so(tmp_path: Path, command: Command) -> None
     (tmp_path / "new" / "checkpoints").mkdir(parents=True)
     code, out, _ = command("inspect", tmp_path / "new")
     assert code == 0
-    for words in ("not started", "holds no lines yet", "no time was logged yet", "there is no events.jsonl",
+    for said in ("not started", "holds no lines yet", "no time was logged yet", "there is no events.jsonl",
                   "holds no checkpoint", "there is no config.yaml", "there is no environment.json"):  # fmt: skip
-        assert words in out
+        assert said in out
 
 
 @pytest.mark.parametrize(
@@ -150,6 +150,14 @@ def test_a_run_that_goes_on_is_running_and_one_of_another_machine_unheard_of(bro
     assert inspect(broken, data=False).state == "running"
 
 
+def test_a_run_that_has_seen_all_is_complete_while_it_writes_its_report(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    lines(run / "events.jsonl", [event("start", 0, 0)])
+    found = inspect(run, data=False)
+    assert (found.state, found.attempts[0].status) == ("complete", "complete")
+
+
 def test_utilisation_is_known_for_known_devices_only(finished: Path) -> None:
     from foundation.config import load
 
@@ -168,9 +176,9 @@ def test_utilisation_is_known_for_known_devices_only(finished: Path) -> None:
 def test_a_real_run_is_told_whole(finished: Path, command: Command) -> None:
     code, out, err = command("inspect", finished)
     assert code == 0, err
-    for words in ("complete", "96 (100.0% of 96)", "1 (start)", "finished", "samples-000000000096", "newest", "single",
+    for said in ("complete", "96 (100.0% of 96)", "1 (start)", "finished", "samples-000000000096", "newest", "single",
                   "known", "free", "no collapse"):  # fmt: skip
-        assert words in out
+        assert said in out
     code, out, _ = command("inspect", finished, "--json")
     found = json.loads(out)
     assert [row["loss"] for row in found["rows"]] == [row["loss"] for row in record(finished)]
@@ -245,9 +253,9 @@ def test_figures_of_speed_and_time_are_drawn(broken: Path, tmp_path: Path) -> No
 
 
 def test_a_curve_is_a_line_of_bars() -> None:
-    assert text.bars([0.0, 1.0, 2.0]) == "▁▅█"
-    assert text.bars([1.0]) == "▁"
-    assert len(text.bars([float(n) for n in range(1000)])) == text.COLUMNS
+    assert words.bars([0.0, 1.0, 2.0]) == "▁▅█"
+    assert words.bars([1.0]) == "▁"
+    assert len(words.bars([float(n) for n in range(1000)])) == words.COLUMNS
 
 
 def test_sections_of_an_unfinished_record_need_no_attempt(broken: Path) -> None:
