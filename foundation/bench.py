@@ -14,7 +14,7 @@ import torch
 
 from foundation.bench_loader import Table
 from foundation.files import write_whole
-from foundation.planning.cluster import GPUS
+from foundation.planning.cluster import GPUS, known_gpu
 from kernels.bench import Roof
 
 __all__ = [
@@ -84,10 +84,8 @@ def roof_line(roof: Roof) -> str:
 
 def sheet_peak(device_name: str) -> float | None:
     """Dense bfloat16 FLOP/s of a known GPU by its data sheet; None for others, the slower PCIe boards included."""
-    words = device_name.lower().replace("-", " ").split()
-    if "pcie" in words and "a100" not in words:
-        return None
-    return next((gpu.bf16 for name, gpu in GPUS.items() if name in words), None)
+    name = known_gpu(device_name)
+    return GPUS[name].bf16 if name else None
 
 
 def span(counts: Sequence[int]) -> str:

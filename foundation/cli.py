@@ -18,6 +18,7 @@ from foundation.cli_compare import compare_command
 from foundation.cli_evaluate import evaluate_command, paired_command, splits_command
 from foundation.cli_export import export_command
 from foundation.cli_figures import curves_command
+from foundation.cli_inspect import inspect_command, profile_command
 from foundation.cli_plan import plan_command
 from foundation.cli_replay import replay_command
 from foundation.cli_robustness import drift_command, robustness_command
@@ -34,6 +35,8 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 app.add_typer(shards_app, name="shards")
 app.add_typer(bench_app, name="bench")
 app.command("plan")(plan_command)
+app.command("inspect")(inspect_command)
+app.command("profile")(profile_command)
 app.command("compare")(compare_command)
 app.command("curves")(curves_command)
 app.command("replay")(replay_command)

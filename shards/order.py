@@ -275,6 +275,16 @@ class Mixture:
             ids[here] = self._orders[s].resolve(found[_EPOCH, here], place[here]) + self._first_id[s]
         return ids
 
+    def taken(self, position: int) -> dict[str, int]:
+        """Samples of each source with a weight at the positions below this one; counted by lanes, whatever position."""
+        turns = -((np.arange(self.lanes) - position) // self.lanes)  # of each lane, rounded up
+        period, turn = np.divmod(turns + self._phases, len(self._pattern))
+        found = {}
+        for source, order in enumerate(self._orders):
+            earlier = np.flatnonzero(self._pattern == source).searchsorted(turn)
+            found[order.name] = int((period * self._turns[source] + earlier - self._before[source]).sum())
+        return found
+
     def neighbours(self, position: int, count: int | None = None) -> np.ndarray:
         """The samples that follow that of `position` in its block, cyclic, without itself: int64 [at most count]."""
         (source,), (own,) = self._route(np.array([position]))

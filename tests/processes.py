@@ -28,7 +28,8 @@ train: {{samples: 96, global_batch: 8, log_every: 8, checkpoint_every: 16, keep:
 monitor: {{images: 8}}
 tracking: {{mlflow: false}}
 """
-MEASURED = ("time", "images_per_s", "data_wait", "peak_rss_gb", "peak_device_gb", "checkpoint_stall_s", "monitor_s")
+MEASURED = ("time", "images_per_s", "data_wait", "window_s", "peak_rss_gb", "peak_device_gb", "checkpoint_stall_s")
+MEASURED += ("monitor_s", "slowest_rank", "slowest_ratio", "slowest_wait")
 
 
 def start(*arguments: object, program: tuple[str, ...] = ("-m", "foundation")) -> subprocess.Popen[str]:

@@ -12,12 +12,15 @@ from torch import Tensor
 from foundation.config import Config, from_dict, resolved_yaml
 from foundation.errors import DataError
 from foundation.evaluation import report
+from foundation.evaluation.figures.operations import speed_figure, time_figure
 from foundation.evaluation.figures.pictures import block_panels, reconstruction_panels, target_panels
 from foundation.evaluation.leaks import read_verdict
 from foundation.evaluation.predictions import read as read_predictions
 from foundation.evaluation.scores import Score, from_rows
 from foundation.evaluation.views import Figures, attention_views, chip_views, patch_views, pick_images
 from foundation.files import read_json
+from foundation.inspecting.inspection import Inspection, inspect
+from foundation.inspecting.text import sections
 from foundation.interchange import random_encoder
 from foundation.objectives.reconstruction import MaskedReconstruction, build_encoder
 from foundation.objectives.registry import build
@@ -31,6 +34,7 @@ SCORES = "scores.json"
 MAPS = 9  # of a figure: a row of more is too small to see
 IMAGES = 16  # that attention and patch features are computed on
 ROBUSTNESS = "robustness.png"
+OPERATIONS = ("throughput", "time", "restarts", "events", "checkpoints", "coverage", "stragglers")
 
 
 def write_run_report(run: Path, catalog: Catalog, labelled: Catalog | None = None) -> Path:
@@ -44,11 +48,12 @@ def write_run_report(run: Path, catalog: Catalog, labelled: Catalog | None = Non
     weights, folder, record = state["tensors"], run / report.FIGURES, run / ENVIRONMENT
     encoders = {"pretrained": trained_encoder(config, weights), "random-init": random_encoder(config, config.seed)}
     images = pick_images(catalog, config.data.image_size, IMAGES)
-    robustness = folder / ROBUSTNESS
+    robustness, found = folder / ROBUSTNESS, inspect(run)
     return report.write_report(
         run,
         metrics=[{**row, "samples": row["position"]} for row in read_metrics(run)],
         panels={
+            **operations(found, folder),
             "targets": model_panels(config, weights, catalog, folder),
             "features": patch_views(encoders, images, folder)
             | (chip_views(encoders, labelled, config, folder) if labelled else {}),
@@ -60,8 +65,19 @@ def write_run_report(run: Path, catalog: Catalog, labelled: Catalog | None = Non
         verdict=read_verdict(run),
         config_yaml=resolved_yaml(config),
         environment=read_json(record) if record.exists() else environment(),
+        listings={section.anchor: section for section in sections(found) if section.anchor in OPERATIONS},
         title=f"{config.name}: {config.objective.name}, {config.model.size}/{config.model.patch}",
     )
+
+
+def operations(found: Inspection, folder: Path) -> dict[str, Figures]:
+    """Speed and time of a run that logged them."""
+    if not found.windows:
+        return {}
+    return {
+        "throughput": {"Images per second": speed_figure(found.windows, found.attempts, folder / "speed.png")},
+        "time": {"Share of the time": time_figure(found.windows, folder / "time.png")},
+    }
 
 
 def trained_encoder(config: Config, weights: dict[str, Tensor]) -> Any:

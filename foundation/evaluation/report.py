@@ -15,6 +15,7 @@ from foundation.evaluation.leaks import Verdict, reason
 from foundation.evaluation.predictions import Predictions
 from foundation.evaluation.scores import Score, to_rows
 from foundation.files import write_whole
+from foundation.inspecting.text import Section
 from shards.errors import DataError
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -26,6 +27,13 @@ SECTIONS = {
     "facts": "Facts",
     "leakage": "Leakage",
     "curves": "Training curves",
+    "throughput": "Throughput",
+    "time": "Where the time went",
+    "restarts": "Attempts and restarts",
+    "events": "Guard and monitor",
+    "checkpoints": "Checkpoints",
+    "coverage": "Data",
+    "stragglers": "Stragglers",
     "targets": "Targets and predictions",
     "features": "Features",
     "attention": "Attention",
@@ -49,12 +57,14 @@ def write_report(
     title: str,
     predictions: Sequence[Predictions] = (),
     verdict: Verdict | None = None,
+    listings: Mapping[str, Section] | None = None,
 ) -> Path:
     """Write `report.html` into the run folder and return its path.
 
     `metrics` are the run's rows (`samples`, `loss`, `lr`); `panels` maps a section of SECTIONS to its figures, a
-    caption and a PNG (bytes or path) each, in the order they are shown. Curves, scores and answers are drawn here, into
-    `figures/`, where there are any. Every text is escaped. Raises DataError when a panel is not a readable PNG.
+    caption and a PNG (bytes or path) each, in the order they are shown, `listings` to its table. Curves, scores and
+    answers are drawn here, into `figures/`, where there are any. Every text is escaped. Raises DataError when a
+    panel is not a readable PNG.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
@@ -69,7 +79,9 @@ def write_report(
     encoded = {anchor: {caption: base64.b64encode(_png(caption, source)).decode() for caption, source in found.items()}
                for anchor, found in drawn.items()}  # fmt: skip
     facts = _facts(metrics)
-    present = {"facts": facts, "leakage": verdict, "configuration": True, "environment": True} | encoded
+    shown = {**(listings or {})} | {anchor: found for anchor, found in encoded.items() if found}
+    present: dict[str, object] = {"facts": facts, "leakage": verdict, **shown}
+    present |= dict.fromkeys(("configuration", "environment"), True)
     pages = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
@@ -78,6 +90,7 @@ def write_report(
         sections={anchor: name for anchor, name in SECTIONS.items() if present.get(anchor)},
         facts=facts,
         figures=encoded,
+        listings=listings or {},
         scores=to_rows(scores),
         reasons=[reason(s, warning) for s in scores],
         verdict=verdict,

@@ -34,6 +34,14 @@ GPUS = {
 }
 
 
+def known_gpu(device_name: str) -> str | None:
+    """The name in GPUS of a device as it calls itself; None for others, the slower PCIe boards included."""
+    words = device_name.lower().replace("-", " ").split()
+    if "pcie" in words and "a100" not in words:
+        return None
+    return next((name for name in GPUS if name in words and name != "cpu"), None)
+
+
 class Cluster(NamedTuple):
     """Where a run is to go. Bandwidths in bytes/s; `nic` is all network cards of a node together."""
 

@@ -50,10 +50,13 @@ class Throughput:
         self._images += images
 
     def read(self) -> dict[str, float]:
-        """`images_per_s`, `data_wait` (share of time in [0, 1]) and peak memory in GB; starts a new window."""
+        """`images_per_s`, `data_wait` (share of time in [0, 1]), `window_s` (that time) and peak memory in GB.
+
+        Starts a new window.
+        """
         now = self._clock()
         seconds = max(now - self._start, 1e-9)
-        rates = {"images_per_s": self._images / seconds, "data_wait": self._waited / seconds}
+        rates = {"images_per_s": self._images / seconds, "data_wait": self._waited / seconds, "window_s": seconds}
         self._start, self._images, self._waited = now, 0, 0.0
         return rates | peak_memory()
 

@@ -7,7 +7,6 @@ pieces; rank 0 computes the metrics. Nothing that is learnt depends on a look.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from foundation.training.online import Probe
 from foundation.training.pins import Score
 from foundation.training.ranks import Ranks, everywhere
 from foundation.training.step import Learner
+from foundation.training.tracking import Tracker
 from shards.catalog import Catalog, load
 
 BATCH = 64  # images of a forward pass, or a micro-batch where that is less
@@ -31,8 +31,8 @@ class Monitor:
     When the images of a look cannot be had, every rank raises: DataError where it happened, else OtherRankError.
     """
 
-    def __init__(self, learner: Learner, catalog: Catalog, ranks: Ranks, note: Callable[[str], None]) -> None:
-        self.learner, self.ranks, self.note = learner, ranks, note
+    def __init__(self, learner: Learner, catalog: Catalog, ranks: Ranks, tracker: Tracker) -> None:
+        self.learner, self.ranks, self.tracker = learner, ranks, tracker
         config = learner.config
         m, data = config.monitor, config.data
         batch = min(BATCH, micro_batch(config, ranks.size))
@@ -112,10 +112,13 @@ class Monitor:
         limits = self.learner.config.monitor
         if (what := collapse.collapsed(metrics, limits)) is None:
             return
+        self.tracker.event("collapse", position, what=what)
         if limits.on_collapse == "stop":
             do = f"{ADVICE}; an earlier checkpoint of the run may still be sound"
             raise NumericsError(f"collapsed: {what}", where=f"sample {position}", do=do)
-        self.note(f"collapsed at sample {position:,}: {what}; {ADVICE}, or stop at once by monitor.on_collapse=stop")
+        self.tracker.note(
+            f"collapsed at sample {position:,}: {what}; {ADVICE}, or stop at once by monitor.on_collapse=stop"
+        )
 
 
 def crossed(position: int, every: int, stride: int) -> bool:

@@ -23,16 +23,19 @@ from foundation.training.data import (
     report_replaced,
 )
 from foundation.training.engine import Engine
+from foundation.training.events import began, ended
 from foundation.training.evidence import Evidence
 from foundation.training.guard import Guard, Rewind
 from foundation.training.lock import owned
 from foundation.training.meters import Throughput
 from foundation.training.monitor import Monitor, crossed
+from foundation.training.pace import Pace
 from foundation.training.places import home
 from foundation.training.ranks import Ranks, everywhere
 from foundation.training.rewinding import JUMPS, go_back, jumps
 from foundation.training.saving import Saver
 from foundation.training.setup import (
+    ENVIRONMENT,
     beginning,
     build_learner,
     describe,
@@ -93,6 +96,8 @@ def _train(config: Config, engine: Engine, ranks: Ranks, resume: bool) -> Path:
     tracker = open_tracker(config, rank=engine.rank, position=position, run_id=state["run_id"] if state else None)
     status: Status = "FAILED"
     try:
+        if engine.rank == 0:
+            began(tracker, folder / ENVIRONMENT, position, resumed=state is not None)
         for file in record:
             tracker.artifact(file)
         advice = stream.reader.advice(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -101,8 +106,9 @@ def _train(config: Config, engine: Engine, ranks: Ranks, resume: bool) -> Path:
         if position >= last_position(config):
             tracker.note(f"already complete: {position:,} samples")
         t = config.train
-        monitor = Monitor(learner, catalog, engine.ranks(), tracker.note)
-        with Saver(home(config), ranks, t.keep, t.keep_every, t.async_checkpoint, folder / COMMITTED) as saver:
+        monitor = Monitor(learner, catalog, engine.ranks(), tracker)
+        place, newest = home(config), folder / COMMITTED
+        with Saver(place, ranks, t.keep, t.keep_every, t.async_checkpoint, newest, tracker.event) as saver:
             keep = Evidence(learner, stream.reader, engine.rank).keep
             guard = Guard(config, tracker.event, keep, (state or {}).get("guard"), jumps(config, ranks))
             while True:
@@ -125,6 +131,7 @@ def _train(config: Config, engine: Engine, ranks: Ranks, resume: bool) -> Path:
         tracker.note("stopped; the same command continues from the last checkpoint")
         raise
     finally:
+        ended(tracker, status)
         tracker.close(status)
     return folder
 
@@ -151,7 +158,7 @@ def loop(
     """Consume the stream; the position advances after each update, and with it everything that is due."""
     config, engine = learner.config, learner.engine
     train, end = config.train, last_position(config)
-    meter, replaced, told = Throughput(), 0, 0
+    meter, pace, replaced, told = Throughput(), Pace(learner), 0, 0
     stall: dict[str, float] = {}
     watch = Watch(config.run_folder, engine.agree)
     steps = whole_steps(stream, train.global_batch // engine.world_size)
@@ -161,6 +168,7 @@ def loop(
             batches = next(steps)
         replaced += report_replaced(config, batches, engine.rank)
         if not guard.passes_over(position):
+            pace.begin()
             values = train_step(learner, batches, position, limit := guard.limit())
             guard.note(values, batches, position, limit)
         position += train.global_batch
@@ -172,9 +180,11 @@ def loop(
             seen = monitor.look(position) if look else seen
             if (total := engine.sum_int(replaced)) > told:
                 tracker.note(f"{total} damaged samples were replaced so far; see {config.run_folder / REPLACED}")
+                tracker.event("damaged", position, samples=total)
                 told = total
             numbers = reduce_metrics(learner, values, position, batches) if values else {}
-            tracker.log(position, numbers | meter.read() | stall | seen)
+            numbers |= meter.read()
+            tracker.log(position, numbers | pace.read(numbers) | stall | seen)
             stall = {}
         stop = not finished and watch.stop()
         if finished or stop or crossed(position, train.checkpoint_every, train.global_batch):

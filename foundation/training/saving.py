@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -13,7 +15,9 @@ from torch import Tensor
 from foundation.errors import StorageError
 from foundation.files import write_whole
 from foundation.training import checkpoint
+from foundation.training.committed import Failure, manifest
 from foundation.training.pins import Score
+from foundation.training.places import Location, place
 from foundation.training.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -34,9 +38,14 @@ class Saver:
         keep_every: int | None,
         background: bool,
         note: Path | None = None,
+        event: Callable[..., None] | None = None,
     ) -> None:
-        """`note`: file for the position of the newest checkpoint, for those who watch a run and see no bucket."""
+        """`note`: file for the position of the newest checkpoint, for those who watch a run and see no bucket.
+
+        `event`: `Tracker.event`, told of every checkpoint that is there, by the thread that wrote it.
+        """
         self.location, self.ranks, self.background, self.note = location, ranks, background, note
+        self.event = event
         self.keep, self.keep_every = keep, keep_every
         self._thread: Thread | None = None
         self._failure: BaseException | None = None
@@ -51,10 +60,10 @@ class Saver:
         self.wait()
 
         def write() -> None:
-            retention = self.keep, self.keep_every
+            retention, began = (self.keep, self.keep_every), time.perf_counter()
             try:
-                checkpoint.save(self.location, copies, state, position, *retention, self.ranks, score)
-                self._tell(position)
+                final = checkpoint.save(self.location, copies, state, position, *retention, self.ranks, score)
+                self._tell(position, final, time.perf_counter() - began, score)
             except BaseException as error:
                 self._failure = error
 
@@ -64,8 +73,13 @@ class Saver:
         if not self.background:
             self.wait()
 
-    def _tell(self, position: int) -> None:
-        """The note is for others: without it the checkpoint counts all the same."""
+    def _tell(self, position: int, final: Location, seconds: float, score: Score | None) -> None:
+        """Note and event are for others: without them the checkpoint counts all the same."""
+        if self.event and self.ranks.rank == 0:
+            facts: dict[str, Any] = {"seconds": round(seconds, 3)} | ({"score": score.value} if score else {})
+            with suppress(*Failure):
+                facts["bytes"] = sum(file["bytes"] for file in manifest(place(final))["files"].values())
+            self.event("checkpoint", position, **facts)
         if self.note and self.ranks.rank == 0:
             try:
                 write_whole(self.note, f"{position}\n")

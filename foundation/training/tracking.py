@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from foundation.config import Config, config_hash
 from foundation.errors import ConfigError, StorageError
+from foundation.training.events import Events
 from foundation.training.mlflow_sink import CLOSE_SECONDS, METRICS, MlflowSink
 from foundation.training.standing import Standing
 from foundation.training.system import System
@@ -31,6 +32,11 @@ Status = Literal["FINISHED", "FAILED", "KILLED"]
 class Tracker:
     """The interface, and what every rank but 0 holds: it records nothing."""
 
+    position: int = 0
+    """Of the newest line, or where this attempt began."""
+    reached: int = 0
+    """The furthest position of the lines that were there when this attempt began."""
+
     @property
     def run_id(self) -> str | None:
         """What MLflow calls the run; None as long as it does not know it."""
@@ -39,14 +45,14 @@ class Tracker:
     def log(self, position: int, metrics: Mapping[str, float]) -> None:
         """Record numbers at a position (samples seen)."""
 
+    def event(self, kind: str, position: int, **facts: Any) -> None:
+        """Record that something happened at a position; see `training.events`. From any thread, and it never raises."""
+
     def artifact(self, path: Path, folder: str = "") -> None:
         """Hand a finished file (a figure, a report) to MLflow, under `folder` of the run's artifacts."""
 
     def note(self, text: str) -> None:
         """Show one line to the person at the terminal."""
-
-    def event(self, kind: str, position: int, **facts: Any) -> None:
-        """Record what happened."""
 
     def rewind(self, position: int) -> None:
         """Take back the numbers beyond a position that will be reached again."""
@@ -63,7 +69,8 @@ class RunTracker(Tracker):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._path = folder / METRICS
-            same = _truncate(self._path, position)
+            same, self.reached = _truncate(self._path, position)
+            self._events = Events(folder)
             self._lines = self._path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(
@@ -71,7 +78,7 @@ class RunTracker(Tracker):
                 where=str(folder),
                 do="change run_root or name, or correct the permissions",
             ) from error
-        self._total = config.train.samples
+        self.position, self._total = position, config.train.samples
         self._start = self._last = (position, time.monotonic())
         self._bar: tuple[Progress, TaskID] | None = _bar(self._total, position) if sys.stderr.isatty() else None
         self._system = System(folder)
@@ -108,9 +115,17 @@ class RunTracker(Tracker):
                 where=self._lines.name,
                 do="free space; the run resumes from its last checkpoint by the same command",
             ) from error
+        self.position = position
         self._show(position, numbers)
         if self._mlflow:
             self._mlflow.more()
+
+    def event(self, kind: str, position: int, **facts: Any) -> None:
+        """Append a line to events.jsonl; where that fails, one at the terminal: the error of a run stays in sight."""
+        try:
+            self._events.write(kind, position, facts)
+        except OSError as error:
+            self.note(f"events.jsonl cannot be written: {error.strerror} ({kind} at {position:,} samples)")
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Queue a file for MLflow; it must stay where it is until `close`."""
@@ -124,9 +139,10 @@ class RunTracker(Tracker):
     def rewind(self, position: int) -> None:
         """The same on disk; MLflow shows the later ones beside the earlier ones."""
         self._lines.close()
-        same = _truncate(self._path, position)
+        same, _ = _truncate(self._path, position)
         self._standing.update(sent=min(self._standing.facts.sent, same))
         self._lines = self._path.open("a", encoding="utf-8")
+        self.position = position
         self._start = self._last = (position, time.monotonic())
 
     def close(self, status: Status = "FINISHED") -> None:
@@ -168,18 +184,20 @@ def open_tracker(config: Config, *, rank: int = 0, position: int = 0, run_id: st
     return RunTracker(config, position, run_id) if rank == 0 else Tracker()
 
 
-def _truncate(path: Path, position: int) -> int:
+def _truncate(path: Path, position: int) -> tuple[int, int]:
     """Keep the whole lines up to `position`; a half-written one goes as well, and at position 0 all of them.
 
-    Returns how many bytes at the beginning are what they were.
+    Returns how many bytes at the beginning are what they were, and the furthest position of any line, kept or not.
     """
     if not path.exists():
-        return 0
-    kept, same, whole = [], 0, True
+        return 0, 0
+    kept, same, reached, whole = [], 0, 0, True
     for line in path.read_bytes().splitlines(keepends=True):
         try:
-            good = position > 0 and line.endswith(b"\n") and json.loads(line)["position"] <= position
-        except (ValueError, KeyError, TypeError):
+            at = int(json.loads(line)["position"])
+            reached = max(reached, at)
+            good = position > 0 and line.endswith(b"\n") and at <= position
+        except (ValueError, KeyError, TypeError, OverflowError):
             good = False
         whole = whole and good
         same += len(line) * whole
@@ -187,7 +205,7 @@ def _truncate(path: Path, position: int) -> int:
     temporary = path.with_suffix(".tmp")
     temporary.write_bytes(b"".join(kept))
     temporary.replace(path)
-    return same
+    return same, reached
 
 
 def _bar(total: int, position: int) -> tuple[Progress, TaskID]:

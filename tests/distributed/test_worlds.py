@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,9 @@ def test_every_global_batch_is_the_one_of_a_single_process(
 ) -> None:
     run = launched / f"{kind}-{world}"
     assert len(record(run)) == 12
+    line = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert line["slowest_rank"] in range(world)
+    assert 1 <= line["slowest_ratio"] < world
     assert hashes(run) == hashes(finished)
     close(run, finished)
 

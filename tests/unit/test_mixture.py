@@ -52,6 +52,20 @@ def test_every_lane_and_every_rank_draws_every_source_in_proportion(lanes):
     assert len({tuple(lane) for lane in drawn.T.tolist()}) > 0.95 * lanes  # lanes are not in step
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 9), st.sampled_from([1, 3, 8, 240]), st.integers(0, 3 * TURNS), st.booleans())
+def test_what_was_taken_of_each_source_is_counted_as_a_replay_counts_it(seed, lanes, position, weighted):
+    mixture = Mixture(PARTS, WEIGHTS if weighted else None, seed, lanes, 2)
+    drawn = source_of(mixture.sample_ids(np.arange(position)), PARTS)
+    assert mixture.taken(position) == {name: int((drawn == n).sum()) for n, (name, _) in enumerate(PARTS)}
+
+
+def test_what_was_taken_of_a_source_without_weight_is_not_listed():
+    mixture = Mixture(PARTS, {**WEIGHTS, "a": 0}, 0, lanes=8, block_shards=1)
+    assert sum(mixture.taken(10**15).values()) == 10**15
+    assert mixture.taken(0) == {"tiny": 0, "b": 0, "c": 0}
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 9), st.sampled_from([1, 3, 8]), st.integers(1, 3))
 def test_the_nth_turn_of_a_source_in_a_lane_is_that_lanes_nth_position_of_its_own_order(seed, lanes, block):

@@ -21,8 +21,10 @@ from foundation.evaluation.figures.curves import curve_figure
 from foundation.evaluation.figures.pictures import MASKED, WINDOW_OUT, reconstruction_panels, target_panels, veil
 from foundation.evaluation.figures.scores import score_figure
 from foundation.evaluation.leaks import FILE, Verdict, read_verdict
+from foundation.evaluation.panels import OPERATIONS
 from foundation.evaluation.predictions import Predictions
 from foundation.evaluation.scores import Score
+from foundation.inspecting.text import Section
 
 METRICS = [{"samples": 64 * i, "loss": 2 / (i + 1), "lr": 1e-3} for i in range(80)]
 SCORES = [
@@ -96,8 +98,11 @@ def test_the_page_holds_every_figure_and_points_to_nothing_outside(tmp_path: Pat
 
 def test_every_section_has_an_anchor_that_the_contents_point_to_and_empty_ones_are_left_out(tmp_path: Path) -> None:
     dot = {"x": _dot(tmp_path)}
+    listings = {name: Section(name, "t", ("<h>",), [("<c>",)], ("<n>",)) for name in OPERATIONS}
     full = page(tmp_path, panels=dict.fromkeys(("targets", "features", "attention", "robustness"), dot),
-                predictions=answers(), verdict=Verdict("clean", "Nothing is shared."))  # fmt: skip
+                predictions=answers(), verdict=Verdict("clean", "Nothing is shared."), listings=listings)  # fmt: skip
+    for text in ("<th>&lt;h&gt;</th>", "<td>&lt;c&gt;</td>", '<p class="note">&lt;n&gt;</p>'):
+        assert full.count(text) == len(OPERATIONS)
     anchors = re.findall(r'<h2 id="(\w+)">', full)
     assert anchors == list(report.SECTIONS)
     assert re.findall(r'<a href="#(\w+)">', full) == anchors
