@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench lock clean
 
 demo: .venv/installed
 	$(BIN)/foundation demo
@@ -17,6 +17,11 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/foundation bench
+
+# The pins of the images, for the Python of their base (https://docs.astral.sh/uv).
+lock:
+	echo 'cuda-toolkit[nvcc]' | uv pip compile pyproject.toml - --extra gpu --extra server --extra dev --upgrade \
+	  --python-version 3.13 --python-platform linux --no-annotate --custom-compile-command 'make lock' --output-file constraints.txt
 
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python >= 3.11 is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1)

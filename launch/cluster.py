@@ -80,7 +80,7 @@ class Cluster(Section):
         default=None, description="interpreter outside the container, standard library only; null: python"
     )
     container: tuple[Line, ...] = Field(
-        default=(), description="words before every command of a node, e.g. [apptainer, exec, --nv, image.sif]"
+        default=(), description="words before every command of a node, e.g. [apptainer, run, --nv, image.sif]"
     )
     setup: tuple[Line, ...] = Field(default=(), description="shell lines of the job, e.g. module load cuda/12.8")
     env: dict[Name, Value] = Field(default={}, description="environment of the run")

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 SOURCES = Path(__file__).with_name("csrc")
-PREBUILT = Path(__file__).with_name("_cuda.so")
+PREBUILT = Path(os.environ.get("SAR_FOUNDATION_KERNELS") or Path(__file__).with_name("_cuda.so"))
+"""The library built ahead of time; in an image it stands apart from the code, of which a job brings a frozen copy"""
 ARCHITECTURES = ("sm_80", "sm_90a", "sm_100")
 """A100, H100 and H200, B200; later ones compile the PTX of the first that is not specific to one architecture"""
 

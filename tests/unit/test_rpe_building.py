@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import ROOT
 
 from kernels.rpe_attention import building, cuda
 
@@ -133,3 +135,14 @@ def test_the_build_hook_needs_no_pytorch_and_no_other_package(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
     assert "forward d=64 keys<=56" in done.stdout
     assert (tmp_path / "_cuda.so").exists()
+
+
+def test_a_library_built_ahead_of_time_may_stand_apart_from_the_code() -> None:
+    code = "from kernels.rpe_attention import building; print(building.PREBUILT)"
+    for value, expected in (
+        ("/opt/kernels.so", "/opt/kernels.so"),
+        ("", str(Path(building.__file__).with_name("_cuda.so"))),
+    ):
+        environ = {**os.environ, "SAR_FOUNDATION_KERNELS": value}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True)
+        assert done.stdout.strip() == expected, done.stderr
