@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench docs clean
 
 demo: .venv/installed
 	$(BIN)/foundation demo
@@ -18,6 +18,9 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/foundation bench
 
+docs: .venv/installed
+	$(BIN)/mkdocs build --strict
+
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python >= 3.11 is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1)
 	$(PYTHON) -m venv .venv
@@ -25,4 +28,4 @@ bench: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv runs mlruns *.egg-info
+	rm -rf .venv runs mlruns site *.egg-info
