@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench lock clean
+.PHONY: demo test lint bench docs lock clean
 
 demo: .venv/installed
 	$(BIN)/foundation demo
@@ -23,6 +23,9 @@ lock:
 	echo 'cuda-toolkit[nvcc]' | uv pip compile pyproject.toml - --extra gpu --extra server --extra dev --upgrade \
 	  --python-version 3.13 --python-platform linux --no-annotate --custom-compile-command 'make lock' --output-file constraints.txt
 
+docs: .venv/installed
+	$(BIN)/mkdocs build --strict
+
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python >= 3.11 is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1)
 	$(PYTHON) -m venv .venv
@@ -30,4 +33,4 @@ lock:
 	touch $@
 
 clean:
-	rm -rf .venv runs mlruns *.egg-info
+	rm -rf .venv runs mlruns site *.egg-info

@@ -18,6 +18,7 @@ from foundation.cli_compare import compare_command
 from foundation.cli_evaluate import evaluate_command, paired_command, splits_command
 from foundation.cli_export import export_command
 from foundation.cli_figures import curves_command
+from foundation.cli_help import EPILOG, HELP, Page
 from foundation.cli_inspect import inspect_command, profile_command
 from foundation.cli_plan import plan_command
 from foundation.cli_replay import replay_command
@@ -31,7 +32,9 @@ from shards.errors import ExplainedError
 # anything else wants the cores, its own readers included.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app = typer.Typer(
+    cls=Page, help=HELP, epilog=EPILOG, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich"
+)
 app.add_typer(shards_app, name="shards")
 app.add_typer(bench_app, name="bench")
 app.command("plan")(plan_command)
@@ -167,7 +170,7 @@ def demo(root: Annotated[Path, typer.Option(help="Folder for everything that is 
 
 
 @app.command("list")
-def list_parts(what: Annotated[Listed, typer.Argument()]) -> None:
+def list_parts(what: Annotated[Listed, typer.Argument(help="Which parts; config: every key")]) -> None:
     """What exists and, for what cannot run here, why."""
     from foundation.listing import rows
 

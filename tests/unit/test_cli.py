@@ -17,7 +17,7 @@ import typer
 from PIL import Image
 from processes import finish, interrupted, start
 
-from foundation import cli, demo
+from foundation import cli, cli_help, demo
 from foundation.config import Config
 from foundation.models.families import FAMILY
 from foundation.objectives.registry import OBJECTIVES
@@ -55,6 +55,17 @@ def test_every_command_has_help(command: Command, words: tuple[str, ...]) -> Non
     # A usage that is too long goes on in an indented line.
     description = [line for line in out.splitlines() if line.strip() and not line.startswith("    ")][1]
     assert len(description.split()) >= 3, description
+
+
+def test_help_is_a_page(command: Command) -> None:
+    code, out, _ = command("--help")
+    assert code == 0
+    assert cli_help.HELP in out
+    places = [out.index(f"─ {title} ─") for title in cli_help.GROUPS]
+    assert places == sorted(places)
+    assert "─ Commands ─" not in out, "every command has a group"
+    assert out.index("foundation demo") < out.index("foundation shards pack corpus CHIPS")
+    assert out.index("foundation demo") > places[-1]
 
 
 def test_the_module_is_the_command() -> None:
