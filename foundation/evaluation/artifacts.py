@@ -12,8 +12,10 @@ from foundation.evaluation.report import FIGURES
 from foundation.evaluation.scores import Score, from_rows
 from foundation.files import read_json
 from foundation.training import checkpoint
+from foundation.training.data import last_position
 from foundation.training.lock import owned
 from foundation.training.mlflow_sink import MlflowSink
+from foundation.training.mlflow_store import METRICS, times
 from foundation.training.standing import RUNNING, Standing, read
 
 PAGES = ("config.yaml", "environment.json", "report.html", "scores.json", "scores.md")
@@ -68,13 +70,24 @@ def catch_up(run: Path, uri: str | None = None) -> str:
         send(sink, [file for file in (*(run / name for name in PAGES), *figures(run)) if file.is_file()])
         scores = run / "scores.json"
         send_evaluations(sink, run, from_rows(read_json(scores)) if scores.exists() else [])
-        status = standing.facts.status
-        if not sink.close("FAILED" if status == RUNNING else status):
+        status = _status(run, config, standing.facts.status)
+        *_, ended = (None, *times(run / METRICS))
+        if not sink.close(status, ended=ended):
             what = f"the MLflow store does not answer: {sink.failure}"
             raise StorageError(what, where=str(run), do="start it, or name another with --uri; then run this again")
-        if status == RUNNING:
-            standing.update(status="FAILED")
+        standing.update(status=status)
     return str(standing.facts.run_id)
+
+
+def _status(run: Path, config: Config, told: str | None) -> str:
+    """What the training said at its end; one that said nothing has ended well if its last checkpoint is the last."""
+    if told not in (None, RUNNING):
+        return str(told)
+    from foundation.training.run import COMMITTED  # which draws reports at its end
+
+    file = run / COMMITTED
+    whole = told is None and file.exists() and int(file.read_text()) >= last_position(config)
+    return "FINISHED" if whole else "FAILED"
 
 
 def _saved(run: Path) -> str | None:

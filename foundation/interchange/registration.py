@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import re
 import tempfile
+import warnings
 from importlib.metadata import version as installed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,13 +104,15 @@ def _save(path: Path, exported: Path, source: Source) -> None:
     given, got = (-1, source.encoder.channels, side, side), (-1, source.encoder.dim)
     kind = np.dtype("float32")
     inputs, outputs = types.TensorSpec(kind, given), types.TensorSpec(kind, got)
-    pyfunc.save_model(
-        str(path),
-        loader_module="foundation.interchange.served",
-        data_path=str(exported),
-        signature=models.ModelSignature(types.Schema([inputs]), types.Schema([outputs])),
-        pip_requirements=[f"sar-foundation=={installed('sar-foundation')}"],
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*input example was not provided")  # the signature says it
+        pyfunc.save_model(
+            str(path),
+            loader_module="foundation.interchange.served",
+            data_path=str(exported),
+            signature=models.ModelSignature(types.Schema([inputs]), types.Schema([outputs])),
+            pip_requirements=[f"sar-foundation=={installed('sar-foundation')}"],
+        )
 
 
 def _returned(client: Any, uri: str, made: Any, source: Source) -> float:

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from foundation.config import Config
-from foundation.training.mlflow_store import active, address, attach, code, mlflow_client, short, usable
+from foundation.training.mlflow_store import METRICS, active, address, attach, code, mlflow_client, short, usable
 from foundation.training.standing import Standing
 from shards.store import redact
 
-METRICS = "metrics.jsonl"
 RETRY_SECONDS = 30.0
 CLOSE_SECONDS = 60.0
 _BATCH = 1000  # the most metrics that MLflow takes in one request
@@ -45,6 +44,7 @@ class MlflowSink:
         self._run_id = ""
         self._ended = False
         self._status: str | None = None
+        self._ended_at: int | None = None
         self._failed_at: float | None = None
         self.failure = ""
         """Why the last attempt failed; empty when nothing is left to be sent."""
@@ -94,12 +94,13 @@ class MlflowSink:
         """Queue a file for the run's artifacts; it must stay where it is until `close`."""
         self._queue.put(lambda client, run_id: client.log_artifact(run_id, str(path), folder or None))
 
-    def close(self, status: str | None, seconds: float | None = None) -> bool:
+    def close(self, status: str | None, seconds: float | None = None, ended: int | None = None) -> bool:
         """Send what is left and set the status if one is given; True when the store has everything.
 
         One last attempt is made, for which a training waits CLOSE_SECONDS and others, with None, as long as it takes.
+        `ended` is when the run did, milliseconds since 1970; None: now.
         """
-        self._status = status
+        self._status, self._ended_at = status, ended
         self._queue.put(None)
         self._thread.join(seconds)
         if self._thread.is_alive():
@@ -129,7 +130,7 @@ class MlflowSink:
                 self._attempt(partial(_log, points))
                 self._standing.update(sent=end)
             if self._ended and (status := self._status):  # before files, for which the store may have no room
-                self._attempt(lambda client, run_id: client.set_terminated(run_id, status))
+                self._attempt(lambda client, run_id: client.set_terminated(run_id, status, self._ended_at))
             while self._jobs:
                 self._attempt(self._jobs[0])
                 self._jobs.popleft()

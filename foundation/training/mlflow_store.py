@@ -10,7 +10,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,16 @@ from shards.store import redact
 
 KEY = "foundation.key"  # the tag by which a run is found when an answer of the store was lost
 PARENT = "mlflow.parentRunId"
+METRICS = "metrics.jsonl"
+_KIND = {"mlflow.experimentKind": "custom_model_development"}  # the pages of trainings, not those of dialogues
 _PARAMETERS, _LONG = 100, 6000  # of one request; characters of one value
 # Seconds, not the default minutes, until a dead server is known to be dead; a user's own settings stand.
 _DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # after every end of a run
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
 }
 
@@ -57,7 +62,8 @@ def attach(client: Any, uri: str, config: Config, standing: Standing, running: b
     found = _known(client, standing.facts.run_id) or _by_key(client, config, standing.facts.key)
     if found is None:
         experiment = _experiment(client, uri, config, standing.folder)
-        found = client.create_run(experiment, run_name=config.name, tags={KEY: standing.facts.key})
+        began = next(times(standing.folder / METRICS), None)  # before the store was there, maybe
+        found = client.create_run(experiment, began, {KEY: standing.facts.key}, config.name)
     run_id: str = found.info.run_id
     standing.belongs_to(run_id)
     parameters = {name: _text(value) for name, value in flatten(config).items() if name not in found.data.params}
@@ -105,6 +111,15 @@ def set_parameters(client: Any, run_id: str, parameters: Mapping[str, object]) -
     listed = [entities.Param(name, _text(value)) for name, value in parameters.items()]
     for i in range(0, len(listed), _PARAMETERS):
         client.log_batch(run_id, params=listed[i : i + _PARAMETERS])
+
+
+def times(record: Path) -> Iterator[int]:
+    """When the lines of metrics.jsonl were written, milliseconds since 1970."""
+    if record.exists():
+        with record.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with suppress(ValueError, LookupError, TypeError):
+                    yield round(json.loads(line)["time"] * 1000)
 
 
 def usable(name: str) -> str:
@@ -157,7 +172,7 @@ def _experiment(client: Any, uri: str, config: Config, folder: Path) -> str:
     if found is None:
         beside = (folder.resolve().parent / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
         try:
-            return str(client.create_experiment(name, artifact_location=beside))
+            return str(client.create_experiment(name, beside, _KIND))
         except exceptions.MlflowException as error:  # another run of the same job array was faster
             if code(error) != "RESOURCE_ALREADY_EXISTS":
                 raise

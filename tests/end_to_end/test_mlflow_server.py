@@ -21,7 +21,7 @@ from mlflow import pyfunc
 from mlflow.artifacts import download_artifacts
 from processes import finish, position, start, wait
 
-from foundation.config import Config, from_dict
+from foundation.config import Config, from_dict, load
 from foundation.errors import CheckpointError, ConfigError, StorageError
 from foundation.evaluation.histories import from_mlflow
 from foundation.evaluation.runs import evaluate_run, read_scores
@@ -29,13 +29,14 @@ from foundation.interchange import registration
 from foundation.interchange.export import load_export
 from foundation.interchange.registration import check, register
 from foundation.interchange.source import pooled
-from foundation.training import mlflow_sink
+from foundation.training import checkpoint, mlflow_sink
 from foundation.training.mlflow_store import mlflow_client
 from foundation.training.standing import Standing, read
 from foundation.training.tracking import open_tracker
 
 Make = Callable[..., Config]
 Command = Callable[..., Any]
+LONG = 600.0  # seconds after which something is stuck
 Points = dict[str, list[tuple[int, int, float]]]
 
 
@@ -56,10 +57,10 @@ class Server:
         command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
         command += ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
         command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=quiet, start_new_session=True)
-        end = time.monotonic() + 240
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=quiet, process_group=0)
+        end = time.monotonic() + LONG
         while time.monotonic() < end:
             assert self._process.poll() is None, (self.folder / "log").read_text()
             with socket.socket() as tried:
@@ -120,7 +121,7 @@ def stored(client: Any, run_id: str) -> Points:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 120
+    end = time.monotonic() + LONG
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.1)
@@ -135,12 +136,12 @@ def test_one_run_goes_on_without_its_server_through_a_stop_and_a_kill(
 ) -> None:
     run = tiny_config().run_folder
     process = start("train", tracked)
-    wait(process, lambda: position(run) >= 800)
+    wait(process, lambda: position(run) >= 800, LONG)
     assert (facts := read(run)) is not None
     assert (facts.run_id, facts.sent, facts.status) == (None, 0, "RUNNING")
     server.start()
     (run / "stop").touch()
-    code, output = finish(process)
+    code, output = finish(process, LONG)
     assert code == 85, output
     assert output.count(f"MLflow does not answer ({server.uri}: ") == 1, "an outage costs one line"
     (first,) = runs(client)
@@ -150,7 +151,7 @@ def test_one_run_goes_on_without_its_server_through_a_stop_and_a_kill(
     assert first.data.tags["fingerprint"] in json.loads((run / "environment.json").read_text())["data"]
 
     process = start("train", tracked)
-    wait(process, lambda: runs(client)[0].info.status == "RUNNING")
+    wait(process, lambda: runs(client)[0].info.status == "RUNNING", LONG)
     code, _, err = command("track", run)
     assert code == 2
     assert f"another run writes to this folder: process {process.pid} on " in err, "it sends by itself"
@@ -163,10 +164,11 @@ def test_one_run_goes_on_without_its_server_through_a_stop_and_a_kill(
     assert first.info.run_id in out
     assert runs(client)[0].info.status == "FAILED"
 
-    process = start("train", tracked)
-    wait(process, lambda: runs(client)[0].info.status == "RUNNING")
-    (run / "stop").touch()
-    assert finish(process)[0] == 85
+    state = checkpoint.load(run, None)
+    assert state["run_id"] == first.info.run_id
+    again = open_tracker(load(tracked), position=state["position"], run_id=state["run_id"])
+    until(lambda: bool(runs(client)[0].info.status == "RUNNING"))
+    again.close("KILLED")
     (last,) = runs(client)
     assert (last.info.run_id, last.info.status) == (first.info.run_id, "KILLED")
     there = stored(client, last.info.run_id)
@@ -230,7 +232,9 @@ def test_a_run_of_a_node_without_network_is_sent_later_and_its_evaluations_are_r
     code, out, err = command("track", judged, "--uri", server.uri)
     assert (code, err) == (0, ""), err
     (parent,) = [run for run in runs(client) if run.info.run_id in out]
-    assert parent.info.status == "FINISHED"
+    moments = sorted(at for points in recorded(judged).values() for _, at, _ in points)
+    kept = parent.info
+    assert (kept.status, kept.start_time, kept.end_time) == ("FINISHED", moments[0], moments[-1]), "as it was trained"
     assert stored(client, parent.info.run_id) == recorded(judged)
     assert {"config.yaml", "environment.json", "report.html", "figures", "scores.json"} <= {
         file.path for file in client.list_artifacts(parent.info.run_id)

@@ -1,45 +1,51 @@
-"""After a report is drawn again, the run's MLflow artifacts are what lies in its folder."""
+"""After a report is drawn again, or scores are added, the run's MLflow artifacts are what lies in its folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from foundation.config import from_dict, to_dict
+from foundation.errors import ConfigError
 from foundation.evaluation import artifacts
+from foundation.evaluation.child_runs import metrics, parameters
 from foundation.evaluation.figures import canvas, save
-
-Command = Callable[..., Any]
+from foundation.evaluation.scores import Score
+from foundation.training.standing import Standing
 
 
 class Sink:
     """Takes what would go to MLflow."""
 
-    def __init__(self) -> None:
+    def __init__(self, answers: bool = True) -> None:
         self.sent: list[tuple[str, str]] = []
         self.opened: list[Any] = []
+        self.answers = answers
 
-    def open(self, config: Any, run_id: str, note: Any, running: bool) -> Sink:
-        self.opened.append((config.run_root, run_id, running))
+    def open(self, config: Any, standing: Standing, note: Any) -> Sink:
+        self.opened.append((standing.folder, standing.facts.run_id))
         return self
 
     def artifact(self, path: Path, folder: str) -> None:
         assert path.is_file()
         self.sent.append((path.name, folder))
 
-    def close(self, status: str | None) -> None:
+    def close(self, status: str | None) -> bool:
         self.opened.append(status)
+        return self.answers
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("known", ["checkpoint", "folder", ""])
+@pytest.mark.parametrize("answers", [True, False])
 def test_page_and_figures_join_the_run_they_belong_to(
-    known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    known: str, answers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    state = {"config": to_dict(from_dict({"name": "r"})), "run_id": "abc" if known else None}
-    sink = Sink()
+    state = {"config": to_dict(from_dict({"name": "r"})), "run_id": "abc" if known == "checkpoint" else None}
+    if known == "folder":
+        Standing(tmp_path, "abc").update(sent=1)
+    sink = Sink(answers)
     monkeypatch.setattr(artifacts, "MlflowSink", sink)
     monkeypatch.setattr(artifacts.checkpoint, "load", lambda *_: state)
     (tmp_path / "report.html").write_text("<html>")
@@ -48,4 +54,37 @@ def test_page_and_figures_join_the_run_they_belong_to(
     artifacts.publish_report(tmp_path)
     wanted = [("report.html", ""), ("a.png", "figures"), ("b.png", "figures")]
     assert sink.sent == (wanted if known else [])
-    assert sink.opened == ([(str(tmp_path.parent), "abc", False), None] if known else [])
+    assert sink.opened == ([(tmp_path, "abc"), None] if known else [])
+    told = f"MLflow lacks this; when it answers: foundation track {tmp_path}\n"
+    assert capsys.readouterr().out == (told if known and not answers else "")
+
+
+def test_an_evaluation_is_its_scores_with_intervals_and_its_settings_without_results() -> None:
+    settings = {"k": 20, "weights": "8 samples", "draws": {"0": "ab"}, "paired": {"difference": 0.1, "p": 0.5}}
+    scores = [
+        Score("pretrained", "10-shot linear, improved", "accuracy", 0.5, 0.4, 0.6, (0, 1), (0.4, 0.6), 9, settings),
+        Score("random-init", "10-shot linear, improved", "accuracy", 0.25, 0.25, 0.25, (0,), (0.25,), 9),
+    ]
+    assert metrics(scores) == {
+        "pretrained/accuracy": 0.5,
+        "pretrained/accuracy_low": 0.4,
+        "pretrained/accuracy_high": 0.6,
+        "pretrained/accuracy_gain": 0.1,
+        "pretrained/accuracy_gain_p": 0.5,
+        "random-init/accuracy": 0.25,
+        "random-init/accuracy_low": 0.25,
+        "random-init/accuracy_high": 0.25,
+    }
+    assert parameters(scores[0]) == {
+        "protocol": "10-shot linear, improved",
+        "seeds": (0, 1),
+        "test_images": 9,
+        "k": 20,
+        "weights": "8 samples",
+    }
+
+
+def test_what_is_no_run_cannot_be_sent(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read \(No such file or directory\)"):
+        artifacts.catch_up(tmp_path / "none")
+    assert not (tmp_path / "none").exists()

@@ -270,7 +270,7 @@ class _Flaky:
             raise OSError("connection lost")
         self.points += [metric.value for metric in metrics]
 
-    def set_terminated(self, run_id: str, status: str) -> None:
+    def set_terminated(self, run_id: str, status: str, end_time: int | None) -> None:
         self.status = status
 
 
