@@ -39,7 +39,7 @@ RUN python3 /src/building.py build --arch "${ARCHITECTURES}" --out /opt/kernels/
 
 FROM python AS wheel
 WORKDIR /src
-COPY pyproject.toml setup.py README.md ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY foundation foundation
 COPY kernels kernels
 COPY launch launch
@@ -52,12 +52,12 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
 FROM python AS packages
 WORKDIR /src
 COPY pyproject.toml ./
-ARG EXTRAS=gpu,accelerate,deepspeed,timm,scenes,s3,gcs,http,zstd
+ARG EXTRAS=gpu,mlflow,accelerate,deepspeed,timm,scenes,s3,gcs,http,zstd
 ARG PIP_EXTRA_INDEX_URL
 # hadolint ignore=DL3013
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
-    touch README.md \
+    touch README.md LICENSE \
  && pip install ".[${EXTRAS}]" \
  && pip uninstall --yes sar-foundation
 
