@@ -39,7 +39,7 @@ RUN python3 /src/building.py build --arch "${ARCHITECTURES}" --out /opt/kernels/
 
 FROM python AS wheel
 WORKDIR /src
-COPY pyproject.toml setup.py README.md ./
+COPY pyproject.toml setup.py README.md LICENSE ./
 COPY foundation foundation
 COPY kernels kernels
 COPY launch launch
@@ -52,12 +52,12 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
 FROM python AS packages
 WORKDIR /src
 COPY pyproject.toml ./
-ARG EXTRAS=gpu,accelerate,deepspeed,timm,scenes,s3,gcs,http,zstd
+ARG EXTRAS=gpu,mlflow,accelerate,deepspeed,timm,scenes,s3,gcs,http,zstd
 ARG PIP_EXTRA_INDEX_URL
 # hadolint ignore=DL3013
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
-    touch README.md \
+    touch README.md LICENSE \
  && pip install ".[${EXTRAS}]" \
  && pip uninstall --yes sar-foundation
 
@@ -68,8 +68,9 @@ RUN --mount=type=bind,from=wheel,source=/wheel,target=/wheel \
     pip install --no-deps --no-index /wheel/*.whl
 WORKDIR /workspace
 COPY configs configs
-# The last two lines let the hooks of Docker, Enroot and Kubernetes bring the driver in.
-ENV SAR_FOUNDATION_KERNELS=/opt/foundation/kernels/rpe_attention.so \
+# The last two lines let the hooks of Docker, Enroot and Kubernetes bring the driver in. MLflow need not miss git aloud.
+ENV GIT_PYTHON_REFRESH=quiet \
+    SAR_FOUNDATION_KERNELS=/opt/foundation/kernels/rpe_attention.so \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
@@ -119,6 +120,7 @@ RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
     pip install --editable '.[dev]'
 ENV CUDA_HOME=/opt/nvcc/nvidia/cu13 \
     LIBRARY_PATH=/opt/nvcc/nvidia/cu13/lib \
+    PATH=/opt/nvcc/nvidia/cu13/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     NVIDIA_VISIBLE_DEVICES=all
 USER 1000
