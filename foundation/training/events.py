@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foundation.files import read_json
+from foundation.training.meters import job
 from foundation.training.stopping import Stopped
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ def began(tracker: Tracker, environment: Path, position: int, resumed: bool) -> 
     """The event of an attempt's begin, with what `environment` (its environment.json) says of it. On rank 0."""
     record = read_json(environment)
     facts = {key: record[key] for key in ("engine", "world_size", "device", "torch", "commit") if key in record}
-    job = {"job": os.environ["SLURM_JOB_ID"]} if "SLURM_JOB_ID" in os.environ else {}
-    facts |= {"host": socket.gethostname(), "process": os.getpid(), "reached": tracker.reached, **job}
+    facts |= {**job(), "process": os.getpid(), "reached": tracker.reached}
     tracker.event("restart" if resumed else "start", position, **facts)
 
 

@@ -32,7 +32,7 @@ class Watch:
     def __init__(self, folder: Path, agree: Callable[[bool], Callable[[], bool]]) -> None:
         self.file, self._agree = folder / STOP_FILE, agree
         self._asked: Callable[[], bool] | None = None
-        self._looked = 0.0
+        self._looked, self._seen = 0.0, False
 
     def stop(self) -> bool:
         """Whether to stop after this update. All ranks call it after every update."""
@@ -46,7 +46,5 @@ class Watch:
         if found := signals.received():
             return found
         if time.monotonic() > self._looked + _LOOK:
-            self._looked = time.monotonic()
-            if self.file.exists():
-                return f"the file {os.path.relpath(self.file)}"
-        return None
+            self._looked, self._seen = time.monotonic(), self.file.exists()
+        return f"the file {os.path.relpath(self.file)}" if self._seen else None

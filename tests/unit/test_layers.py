@@ -83,7 +83,7 @@ def test_models_and_objectives_import_nothing_distributed(folder: str) -> None:
 def test_engines_and_checkpoints_are_the_only_importers_of_torch_distributed() -> None:
     everything = {file: names for package in PACKAGES for file, names in imports_of(package).items()}
     importers = {str(file) for file, names in everything.items() if any(uses(names, m) for m in DISTRIBUTED)}
-    engines = {f"foundation/training/{name}.py" for name in ("engine", "sharded", "zero")}
+    engines = {f"foundation/training/{name}.py" for name in ("engine", "engines", "sharded", "zero")}
     # Nodes of Slurm start processes by torchrun's own functions; the planner shards among processes that are not there.
     others = {"foundation/training/checkpoint.py", "foundation/planning/sharding.py"}
     others |= {"foundation/training/pieces.py", "launch/node.py", "launch/doctor/meeting.py"}
