@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Literal
 
 from foundation.config import Config, config_hash
 from foundation.errors import ConfigError, StorageError
-from foundation.training.mlflow_sink import CLOSE_SECONDS, METRICS, MlflowSink
+from foundation.training.mlflow_sink import CLOSE_SECONDS, MlflowSink
+from foundation.training.mlflow_store import METRICS
 from foundation.training.standing import Standing
 from foundation.training.system import System
 
