@@ -11,7 +11,7 @@ from foundation.evaluation.figures.style import COLOURS, canvas, number, save
 from foundation.inspecting.attempts import Attempt
 from foundation.inspecting.timing import Window
 
-PARTS = {"data": COLOURS[1], "checkpoints": COLOURS[5], "monitor": COLOURS[4], "rest": "#c9dff0"}
+PARTS = {"data": COLOURS[1], "checkpoints": COLOURS[3], "monitor": COLOURS[4], "rest": "#c9dff0"}
 
 
 def speed_figure(windows: Sequence[Window], attempts: Sequence[Attempt], path: Path) -> Path:
