@@ -23,7 +23,6 @@ from shards.store import redact
 KEY = "foundation.key"  # the tag by which a run is found when an answer of the store was lost
 PARENT = "mlflow.parentRunId"
 METRICS = "metrics.jsonl"
-_KIND = {"mlflow.experimentKind": "custom_model_development"}  # the pages of trainings, not those of dialogues
 _PARAMETERS, _LONG = 100, 6000  # of one request; characters of one value
 # Seconds, not the default minutes, until a dead server is known to be dead; a user's own settings stand.
 _DEFAULTS = {
@@ -172,7 +171,7 @@ def _experiment(client: Any, uri: str, config: Config, folder: Path) -> str:
     if found is None:
         beside = (folder.resolve().parent / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
         try:
-            return str(client.create_experiment(name, beside, _KIND))
+            return str(client.create_experiment(name, beside))
         except exceptions.MlflowException as error:  # another run of the same job array was faster
             if code(error) != "RESOURCE_ALREADY_EXISTS":
                 raise
