@@ -281,7 +281,7 @@ def test_an_export_is_registered_with_signature_and_card_and_gives_the_same_feat
     assert client.get_run(made.run_id).info.run_name == "tiny"
     model = pyfunc.load_model(download_artifacts(made.source, dst_path=str(tmp_path), tracking_uri=server.uri))
     (given,), (got,) = model.metadata.signature.inputs.inputs, model.metadata.signature.outputs.inputs
-    assert (given.shape, given.type, got.shape) == ((-1, 1, -1, -1), np.dtype("float32"), (-1, 48))
+    assert (given.shape, given.type, got.shape) == ((-1, 1, -1, -1), np.dtype("float32"), (-1, 96))
     images = np.random.default_rng(0).random((3, 1, 64, 64), dtype=np.float32)
     encoder, facts = load_export(tmp_path / "torch")
     with torch.no_grad():
@@ -293,7 +293,7 @@ def test_an_export_is_registered_with_signature_and_card_and_gives_the_same_feat
         check("timm-stock", "sar")
     with pytest.raises(ConfigError, match="'a/b' is no name of a model"):
         check("torch", "a/b")
-    monkeypatch.setattr(registration, "features", lambda *_: (torch.zeros(2, 48),))
+    monkeypatch.setattr(registration, "features", lambda *_: (torch.zeros(2, 96),))
     with pytest.raises(CheckpointError, match=r"features of the registered model differ by .*; it was taken back"):
         register(run, tmp_path / "torch", "sar")
     assert [v.version for v in client.search_model_versions("name = 'sar'")] == ["2"]
