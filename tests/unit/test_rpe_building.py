@@ -27,7 +27,9 @@ def nothing_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
 
 
 @pytest.mark.parametrize("home", ["", "/nonexistent"])
-def test_without_a_compiler_the_error_says_what_to_do(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_error_says_what_to_do(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CUDA_HOME", home)
     with pytest.raises(
@@ -35,7 +37,7 @@ def test_without_a_compiler_the_error_says_what_to_do(home: str, monkeypatch: py
     ):
         building.build("cuda")
     with pytest.raises(SystemExit, match="there is no nvcc"):
-        building.main(["build", "--out", "nowhere.so"])
+        building.main(["build", "--out", str(tmp_path / "nowhere.so")])
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(RuntimeError, match=r"needs a C\+\+20 compiler and g\+\+ is not on PATH: set CXX"):
         building.build("cpu")
