@@ -46,7 +46,7 @@ COMPARISONS = [path for path in sorted(CONFIGS.glob("compare/*.yaml")) if "\nrow
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
 def test_every_delivered_comparison_shares_one_budget(path: Path) -> None:
     found = plan.load(path)
-    assert len(found.cells) == len(found.spec.rows) * len(found.spec.seeds) >= 6
+    assert len(found.cells) == len(found.spec.rows) * len(found.spec.seeds) >= 4
 
 
 @pytest.mark.parametrize("path", sorted({*CONFIGS.rglob("*.yaml")} - {*COMPARISONS}), ids=lambda path: path.stem)
