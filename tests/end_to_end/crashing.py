@@ -16,16 +16,15 @@ import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo  # the optimiser imports it, which takes longer than a run
+from forked import ended, forked
 from processes import interrupted, position, record, same_state
 
-from foundation.config import Config, load
+from foundation.config import load
 from foundation.training import checkpoint, saving
 from foundation.training import run as runs
 from foundation.training.places import Folder
@@ -33,33 +32,6 @@ from foundation.training.places import Folder
 AT = 80  # the save that dies; 16, 32, 48 and 64 are committed before
 SHORT = ("train.keep=2",)  # so that the save has three to remove
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-
-
-def forked(config: Config, log: Path, prepare: Callable[[], object] = lambda: None) -> int:
-    """Train in a child, which prints into `log`; its process id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        log.parent.mkdir(exist_ok=True)
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        prepare()
-        runs.train(config)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-
-
-def ended(pid: int) -> int:
-    """Exit code of a child, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def committed(run: Path) -> list[str]:
