@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from processes import ROOT, finish, hashes, record, start
+from processes import ROOT, close, finish, hashes, record, start
 
 FILES = ROOT / "launch" / "accelerate"
 ENGINES = {"cpu": "single", **{name: name for name in ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")}}
@@ -25,10 +25,9 @@ def launch(name: str, run: Path, tiny: Path, *options: object) -> subprocess.Pop
 
 
 def same_run(run: Path, finished: Path) -> None:
-    """Samples are equal, losses and gradient norms to 1e-5, at every line."""
+    """Samples are equal, and numbers nearly, at every line."""
     assert hashes(run) == hashes(finished)
-    for row, expected in zip(record(run), record(finished), strict=True):
-        assert row == pytest.approx(expected, rel=1e-5)
+    close(run, finished)
 
 
 def test_each_file_has_its_test_and_decides_nothing_but_the_engine() -> None:
