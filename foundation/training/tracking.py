@@ -135,7 +135,7 @@ class RunTracker(Tracker):
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        print(text, file=sys.stderr, flush=True)
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)  # one write: MLflow's thread prints as well
 
     def rewind(self, position: int) -> None:
         """The same on disk; MLflow shows the later ones beside the earlier ones."""
