@@ -43,6 +43,12 @@ class Evidence:
         kept = list(folder.parent.glob("samples-*"))
         if folder not in kept and len(kept) >= config.guard.kept:
             return
+        try:  # a rank that raised here would leave the others waiting
+            self._write(folder, batches, position, numbers)
+        except (OSError, ExplainedError) as error:
+            log.warning("the batch of the update at sample %d could not be kept: %s", position, error)
+
+    def _write(self, folder: Path, batches: Sequence[Batch], position: int, numbers: Mapping[str, float]) -> None:
         parts = [shown(self.learner, batch, position) for batch in batches]
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         facts = {
@@ -53,12 +59,9 @@ class Evidence:
                 for p, i in zip(arrays["position"].tolist(), arrays["sample_id"].tolist(), strict=True)
             ],
         }
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            np.savez_compressed(folder / f"rank{self.rank}.npz", allow_pickle=False, **arrays)
-            write_whole(folder / f"rank{self.rank}.json", json.dumps(facts, indent=1) + "\n")
-        except (OSError, ExplainedError) as error:
-            log.warning("the batch of the update at sample %d could not be kept: %s", position, error)
+        folder.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(folder / f"rank{self.rank}.npz", allow_pickle=False, **arrays)
+        write_whole(folder / f"rank{self.rank}.json", json.dumps(facts, indent=1) + "\n")
 
 
 def identity(reader: Reader, sample_id: int) -> dict[str, Any]:

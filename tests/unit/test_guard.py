@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foundation.config import Config
-from foundation.errors import NumericsError
+from foundation.errors import DataError, NumericsError
+from foundation.training import evidence
 from foundation.training import run as runs
 from foundation.training.guard import Guard, Rewind, Window
 from foundation.training.rewinding import JUMPS
@@ -172,6 +173,24 @@ def test_a_spoilt_update_is_not_made_and_the_run_goes_on_as_if_it_were_not_there
     facts = json.loads((folder / "skipped" / "samples-000000000064" / "rank0.json").read_text())
     assert facts["position"] == 64
     assert {"position", "sample_id", "source", "key"} == set(facts["samples"][0])
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), DataError("no such file")])
+def test_a_batch_that_cannot_be_kept_costs_one_line_and_not_the_run(
+    tiny_config: Make,
+    spoil: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(evidence, "identity", fail)
+    spoil(lambda position, _: math.nan if position == 32 else 1.0)
+    folder = train(tiny_config("train.samples=48"))
+    assert lines(folder / "metrics.jsonl")[-1]["position"] == 48
+    assert "the batch of the update at sample 32 could not be kept" in caplog.text
 
 
 def test_the_run_goes_back_passes_over_the_samples_and_ends_where_it_should(
