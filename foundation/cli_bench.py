@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foundation.cli_text import console, print_table, show
+from foundation.cli_text import console, print_table, show, working
 
 if TYPE_CHECKING:
     from foundation.bench_loader import Table
@@ -67,8 +67,8 @@ def bench_kernels(
     from foundation.bench import environment_line, roof_line
     from foundation.bench_kernels import measure, save, tables
 
-    with console.status("measuring") as status:
-        report = measure(repeats, quick, budget, status.update)
+    with working("measuring") as tell:
+        report = measure(repeats, quick, budget, tell)
     _show(environment_line(report.environment), roof_line(report.roof), tables(report))
     for path in save(report, out, _command()) if out else ():
         show("written", path)
@@ -89,8 +89,8 @@ def bench_step(
     from foundation.bench import environment_line, roof_line
     from foundation.bench_step import measure, save, tables
 
-    with console.status("measuring") as status:
-        report = measure([size for size in sizes.split(",") if size], repeats, batch, budget, quick, status.update)
+    with working("measuring") as tell:
+        report = measure([size for size in sizes.split(",") if size], repeats, batch, budget, quick, tell)
     _show(environment_line(report.environment), roof_line(report.roof), tables(report))
     for path in save(report, out, _command()) if out else ():
         show("written", path)
@@ -106,7 +106,7 @@ def bench_loader(
     """Time the loader against a file per chip, plain WebDataset, and MosaicML streaming and LitData where installed."""
     from foundation.bench_loader import run, write_markdown
 
-    with console.status("measuring"):
+    with working("measuring"):
         found = run(repeats, python, large=passes)
     _show(found)
     if out:
@@ -122,7 +122,7 @@ def bench_order(
     """Cost of the order of a billion samples: time per sample, memory, and a seek to anywhere."""
     from shards.simulation import simulate
 
-    with console.status("measuring"):
+    with working("measuring"):
         found = simulate(lanes=lanes, sources=sources)
     print_table(("figure", "value"), ((name, f"{value:,.4g}") for name, value in found.items()))
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from foundation.cli_text import console, print_table, show
+from foundation.cli_text import console, print_table, show, working
 
 
 class Protocol(StrEnum):
@@ -71,7 +69,7 @@ def evaluate_command(
     from foundation.training.checkpoint import best as best_of
 
     check_device(device)
-    with console.status("reading the images") as status:
+    with working("reading the images") as tell:
         scores = evaluate_run(
             Path(best_of(checkpoint)) if best else checkpoint,
             data,
@@ -87,7 +85,7 @@ def evaluate_command(
             crop=crop or None,
             device=device,
             averaged=ema,
-            progress=teller(status.update),
+            progress=lambda what, done, total: tell(f"{what}: {done:,} of {total:,}" if done else what),
         )
     console.print(to_table(scores))
     for line in warnings(scores):
@@ -105,7 +103,7 @@ def splits_command(
     from foundation.evaluation import splits
     from foundation.evaluation.sides import choose
 
-    with console.status("reading the images"):
+    with working("reading the images"):
         split = choose(catalog, test, DataConfig(), column=group).split
     show("split", splits.write(split, out))
     show("sha256", split.sha256)
@@ -135,21 +133,6 @@ def paired_command(
     for each in found:
         if each.differing:
             show("NOT ALIKE", f"{each.protocol}, {each.first} and {each.second}: {each.differing}")
-
-
-def teller(update: Callable[[str], None]) -> Callable[[str, int, int], None]:
-    """Progress as a line that renews itself on a terminal, and as one line for each new thing elsewhere."""
-    lines, told = Console(stderr=True), ""
-
-    def tell(what: str, done: int, total: int) -> None:
-        nonlocal told
-        if console.is_terminal:
-            update(f"{what}: {done:,} of {total:,}" if done else what)
-        elif what != told:
-            lines.print(what, markup=False, highlight=False)
-        told = what
-
-    return tell
 
 
 def check_device(device: str) -> None:

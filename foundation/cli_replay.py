@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foundation.cli_text import console, print_table, show
+from foundation.cli_text import console, print_table, show, working
 
 if TYPE_CHECKING:
     from foundation.replay import Replay
@@ -21,14 +21,11 @@ def replay_command(
     rows: Annotated[int, typer.Option(min=1, help="Rows of each table")] = 10,
 ) -> None:
     """Make one update of a run again, alone, and show which samples, modules and gradients were at fault."""
-    from rich.progress import Progress
-
     from foundation.replay import replay
     from foundation.training.evidence import folder_of
 
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        task = bar.add_task("updates before it", total=None)
-        result = replay(run, at, lambda done, of: bar.update(task, completed=done, total=of))
+    with working("updates before it") as tell:
+        result = replay(run, at, lambda done, of: tell(f"updates before it: {done:,} of {of:,}"))
     _show(result, rows)
     show("replay", folder_of(run, result.position))
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from foundation.cli_text import console, print_table, show
+from foundation.cli_text import console, print_table, show, working
 
 
 def robustness_command(
@@ -29,7 +29,7 @@ def robustness_command(
     from foundation.evaluation.runs import run_folder
 
     check_device(device)
-    with console.status("robustness") as status:
+    with working("robustness") as tell:
         rows, verdict = robustness_run(
             checkpoint,
             data,
@@ -39,7 +39,7 @@ def robustness_command(
             seed=seed,
             device=device,
             averaged=ema,
-            progress=lambda done, total: status.update(f"features of {done:,} of {total:,} images"),
+            progress=lambda done, total: tell(f"features of {done:,} of {total:,} images"),
         )
     console.print(to_table(rows))
     if verdict.verdict == "leaked":
@@ -75,8 +75,8 @@ def drift_command(
     targets, skipped = drift.targets(objectives.split(",") if objectives else None, len(chips[0].sample.pixels))
     for line in skipped:
         console.print(line, markup=False, highlight=False)
-    with console.status("drift") as status:
-        rows = drift.drift(targets, chips, size, crop or None, integers(looks, "--looks"), seed, status.update)
+    with working("drift") as tell:
+        rows = drift.drift(targets, chips, size, crop or None, integers(looks, "--looks"), seed, tell)
     print_table(*drift.to_rows(rows))
     settings = {"data": f"{data} {catalog.fingerprint[:8]}", "size": size, "crop": crop or None, "seed": seed}
     show("rows", drift.write(out, rows, settings))

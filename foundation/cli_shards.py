@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from foundation.cli_text import console, print_table, show
+from foundation.cli_text import console, print_table, show, working
 
 if TYPE_CHECKING:
     from shards.catalog import Catalog
@@ -115,7 +115,7 @@ def pack(
         min_side=min_side,
         extra=pairs(option or []),
     )
-    with going_on(), console.status(f"packing {name}") as status:
+    with going_on(), working(f"packing {name}") as tell:
         specs = published(
             kind,
             name,
@@ -133,7 +133,7 @@ def pack(
             on_error=on_error.value,
             workers=workers,
             fresh=fresh,
-            progress=lambda source, count: status.update(f"packing {source}: {count:,} samples read"),
+            progress=lambda source, count: tell(f"packing {source}: {count:,} samples read"),
         )
     print_summary(catalog)
     packed = catalog.only(spec.name for spec in specs).sources
@@ -170,7 +170,7 @@ def verify(
     opened = opened_catalog(catalog)
     if rebuild:  # first, since a missing index would fail the check
         console.print(f"{rebuild_indexes(opened)} indexes written")
-    with console.status("reading"):
+    with working("reading"):
         opened.verify()
     console.print(f"{opened.samples:,} samples as the catalog says")
 
@@ -193,7 +193,7 @@ def audit(
 
     opened, others = opened_catalog(catalog), [opened_catalog(root) for root in against or []]
     page = writable(out or beside(opened, "audit.html"), "--out")
-    with console.status("reading the metadata"):
+    with working("reading the metadata"):
         findings = audit_catalog(opened, others, near=near)
     print_table(("found", "number"), findings.counts.items())
     show("page", write_page(findings, opened, page, others))
@@ -209,10 +209,8 @@ def copy(
     """Copy a catalog and its shards, the catalog last. The same command goes on after it was stopped."""
     from shards.transfer import copy as copy_catalog
 
-    with going_on(), console.status("copying") as status:
-        sent = copy_catalog(
-            opened_catalog(catalog), target, lambda name, _: status.update(f"copying: {name}"), again=again
-        )
+    with going_on(), working("copying") as tell:
+        sent = copy_catalog(opened_catalog(catalog), target, lambda name, _: tell(f"copying: {name}"), again=again)
     console.print(f"{sent} files copied; data.catalog={target}", soft_wrap=True, highlight=False)
 
 
@@ -228,7 +226,7 @@ def synth(
     """Write the embedded synthetic corpus: speckle, clutter, and eight classes of scatterer constellations."""
     from shards.synthetic import write
 
-    with console.status("writing"):
+    with working("writing"):
         catalog = write(out, size, train_per_class, test_per_class, pretrain, seed)
     print_summary(catalog)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from foundation.cli_text import working
 from foundation.config import load
 from foundation.evaluation.runs import evaluate_run
 from foundation.evaluation.scores import Score, to_table
@@ -20,12 +21,12 @@ def demo(root: Path, console: Console) -> bool:
     """Run everything under `root`; whether the linear probe beats the untrained encoder."""
     corpus = root / "demo-corpus"
     if not (corpus / "catalog.json").exists():
-        with console.status("writing the synthetic corpus"):
+        with working("writing the synthetic corpus"):
             synthetic.write(corpus)
     run = train(load(CONFIG, [f"data.catalog={json.dumps(str(corpus))}", f"run_root={json.dumps(str(root))}"]))
     scores: list[Score] = []
     for protocol in ("knn", "linear", "fewshot"):
-        with console.status(f"evaluating: {protocol}"):
+        with working(f"evaluating: {protocol}"):
             scores = evaluate_run(run, str(corpus), protocol, shots=(10, 40))
     console.print(to_table(scores))
     store = f"sqlite:///{(root / 'mlflow.db').resolve()}"

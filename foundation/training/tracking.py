@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -81,7 +82,7 @@ class RunTracker(Tracker):
             ) from error
         self.position, self._total = position, config.train.samples
         self._start = self._last = (position, time.monotonic())
-        self._bar: tuple[Progress, TaskID] | None = _bar(self._total, position) if sys.stderr.isatty() else None
+        self._bar: tuple[Progress, TaskID] | None = _bar(self._total, position) if _terminal() else None
         self._system = System(folder)
         self._standing = Standing(folder, run_id)
         left = self._standing.begin(config_hash(config), position, same)
@@ -209,14 +210,19 @@ def _truncate(path: Path, position: int) -> tuple[int, int]:
     return same, reached
 
 
+def _terminal() -> bool:
+    """Whether stderr can show a line that renews itself."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
 def _bar(total: int, position: int) -> tuple[Progress, TaskID]:
     """A started progress bar on stderr: samples, speed, time left, loss."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (
         BarColumn(),
-        MofNCompleteColumn(),
+        TextColumn("{task.completed:,}/{task.total:,}"),
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[loss]}"),
