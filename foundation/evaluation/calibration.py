@@ -27,7 +27,8 @@ def wilson(right: float, total: float) -> tuple[float, float]:
     """Ends of the 95 % interval of a share (Wilson, 1927): `right` of `total` > 0; both need not be whole."""
     share, z2 = right / total, Z**2 / total
     centre, half = share + z2 / 2, Z * math.sqrt(share * (1 - share) / total + z2 / (4 * total))
-    return max(0.0, (centre - half) / (1 + z2)), min(1.0, (centre + half) / (1 + z2))
+    # At 0 and 1 the end is the share itself, which rounding would leave outside.
+    return min(share, max(0.0, (centre - half) / (1 + z2))), max(share, min(1.0, (centre + half) / (1 + z2)))
 
 
 def reliability(p: Predictions, bins: int = 10) -> list[Bin]:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -153,6 +155,14 @@ def test_the_wilson_interval_is_the_published_one() -> None:
     assert wilson(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)  # Newcombe 1998, method 3
     assert wilson(0, 5)[0] == 0
     assert wilson(5, 5)[1] == 1
+
+
+@given(st.integers(1, 10_000), st.integers(1, 7), st.floats(0, 1))
+def test_the_wilson_interval_holds_its_share_also_of_counts_that_are_not_whole(n: int, seeds: int, part: float) -> None:
+    total = n / seeds
+    share = round(part * n) / n
+    low, high = wilson(share * total, total)
+    assert 0 <= low <= share <= high <= 1  # or a figure cannot draw its bar
 
 
 def test_curves_of_several_runs_are_their_metrics_by_name(tmp_path: Path, drawn: list[Figure]) -> None:
