@@ -273,6 +273,9 @@ class TrainConfig(Section):
     )
     async_checkpoint: bool = Field(default=True, description="write checkpoints while the training goes on")
     threads: int | None = Field(default=None, ge=1, description="CPU threads per process; null leaves torch's choice")
+    patience: float | None = Field(
+        default=300.0, gt=0, description="seconds without an update until each process writes where it is; null: never"
+    )
 
     @field_validator("engine")
     @classmethod

@@ -16,6 +16,7 @@ from foundation.inspecting.attempts import UNHEARD, Attempt, alive, attempts
 from foundation.inspecting.checkpoints import Checkpoints, checkpoints
 from foundation.inspecting.coverage import Coverage, coverage
 from foundation.inspecting.lines import read_lines, sound
+from foundation.inspecting.standing import Standstill, standstill
 from foundation.inspecting.timing import Speed, Spent, Window, speed, spent, windows
 from foundation.training.data import last_position
 from foundation.training.events import FILE
@@ -53,6 +54,7 @@ class Inspection:
     checkpoints: Checkpoints
     coverage: Coverage | None
     stragglers: list[Slow]
+    standstill: Standstill | None
     environment: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
@@ -105,6 +107,7 @@ def inspect(run: Path, data: bool = True) -> Inspection:
         checkpoints=kept,
         coverage=coverage(run, config, record, position) if data else None,
         stragglers=stragglers(metrics.rows),
+        standstill=standstill(run, record.get("world_size")),
         environment=record,
     )
 

@@ -28,7 +28,7 @@ class Section(NamedTuple):
 def sections(found: Inspection) -> Iterator[Section]:
     """What there is to say, in the order it is asked for; without rows only the notes count."""
     yield from (state(found), curve(found), throughput(found), time(found), restarts(found), events(found))
-    yield from (checkpoints(found), data(found), stragglers(found), environment(found))
+    yield from (checkpoints(found), data(found), stragglers(found), standstill(found), environment(found))
 
 
 def state(found: Inspection) -> Section:
@@ -158,6 +158,15 @@ def stragglers(found: Inspection) -> Section:
     header = ("rank", "slowest in lines", "time / median", "highest", "its share of waiting for data")
     note = "Time that a process needs before it meets the others; with two processes a ratio of 2 is the most."
     return Section("stragglers", "Stragglers", header, rows, (note if rows else "one process, or none compared yet",))
+
+
+def standstill(found: Inspection) -> Section:
+    """Where every process was when none of them went on."""
+    if (stood := found.standstill) is None:
+        return Section("standstill", "Standstill", (), [], ("the run never stood still for train.patience seconds",))
+    rows = [(str(p.rank), p.host, f"{p.position:,}", span(p.seconds), p.where) for p in stood.processes[:NEWEST]]
+    header = ("rank", "host", "samples", "without an update", "where its main thread was")
+    return Section("standstill", "Standstill", header, rows, (f"{when(stood.processes[0].time)}: {stood.verdict}",))
 
 
 def environment(found: Inspection) -> Section:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from foundation.training.setup import (
     save,
     write_record,
 )
+from foundation.training.standstill import Patience
 from foundation.training.step import Learner, train_step
 from foundation.training.stopping import STOP_FILE, Stopped, Watch
 from foundation.training.tracking import Status, Tracker, open_tracker
@@ -108,12 +109,13 @@ def _train(config: Config, engine: Engine, ranks: Ranks, resume: bool) -> Path:
         t = config.train
         monitor = Monitor(learner, catalog, engine.ranks(), tracker)
         place, newest = home(config), folder / COMMITTED
-        with Saver(place, ranks, t.keep, t.keep_every, t.async_checkpoint, newest, tracker.event) as saver:
+        patience = Patience(folder, engine.rank, t.patience, tracker.standstill)
+        with patience, Saver(place, ranks, t.keep, t.keep_every, t.async_checkpoint, newest, tracker.event) as saver:
             keep = Evidence(learner, stream.reader, engine.rank).keep
             guard = Guard(config, tracker.event, keep, (state or {}).get("guard"), jumps(config, ranks))
             while True:
                 try:
-                    loop(learner, saver, monitor, guard, catalog, stream, tracker, position)
+                    loop(learner, saver, monitor, guard, catalog, stream, tracker, position, patience.beat)
                     break
                 except Rewind as rewind:
                     saver.wait()
@@ -154,6 +156,7 @@ def loop(
     stream: Stream,
     tracker: Tracker,
     position: int,
+    beat: Callable[[int], None],
 ) -> None:
     """Consume the stream; the position advances after each update, and with it everything that is due."""
     config, engine = learner.config, learner.engine
@@ -172,6 +175,7 @@ def loop(
             values = train_step(learner, batches, position, limit := guard.limit())
             guard.note(values, batches, position, limit)
         position += train.global_batch
+        beat(position)
         meter.update(train.global_batch)
         finished = position >= end
         look, seen = monitor.due(position), dict[str, float]()

@@ -50,6 +50,11 @@ class Tracker:
     def event(self, kind: str, position: int, **facts: Any) -> None:
         """Record that something happened at a position; see `training.events`. From any thread, and it never raises."""
 
+    def standstill(self, position: int, seconds: float, path: Path) -> None:
+        """Say that nothing has gone on for so long; from another thread."""
+        self.event("standstill", position, seconds=round(seconds, 1))
+        self.note(f"no update for {seconds:.0f} s, since sample {position:,}: foundation inspect {path.parents[1]}")
+
     def artifact(self, path: Path, folder: str = "") -> None:
         """Hand a finished file (a figure, a report) to MLflow, under `folder` of the run's artifacts."""
 

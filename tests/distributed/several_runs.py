@@ -19,6 +19,7 @@ from foundation.training import run as running
 from foundation.training.engine import unwrap
 
 SPOILT = (32, 104, 112)  # positions in samples
+STUCK = 24
 
 
 class Spoilt:
@@ -48,9 +49,11 @@ def main(yaml: str, *arguments: str) -> None:
     step = running.train_step
 
     def spoilt_step(learner: Any, batches: Any, position: int, limit: float) -> Any:
-        """In runs of such names the last process, and it alone, has losses that are not finite, or is slow."""
+        """In runs of such names the last process alone has losses that are not finite, is slow, or stands still."""
         if learner.engine.rank == learner.engine.world_size - 1:
             time.sleep(0.1 if "slow" in learner.config.name else 0)
+            if "stuck" in learner.config.name and position == STUCK:
+                time.sleep(5)
             if "spoilt" in learner.config.name:
                 learner = learner._replace(objective=Spoilt(learner.objective, position))
         return step(learner, batches, position, limit)

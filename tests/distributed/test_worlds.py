@@ -11,6 +11,7 @@ import pytest
 from processes import close, finish, hashes, interrupted, record, start
 
 from foundation.config import load
+from foundation.inspecting.inspection import inspect
 from foundation.training.run import train
 
 SCRIPT = Path(__file__).with_name("several_runs.py")
@@ -32,7 +33,8 @@ def launched(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Path:
         interrupted(finished, root / f"resumed-{world}", 48)
         whole = (f"run_root={root}", f"name=whole-{world}", f"data.workers={workers}")
         resumed = (f"run_root={root}", f"name=resumed-{world}", f"data.workers={2 - workers}")
-        code, output = torchrun(world, SCRIPT, tiny, *whole, "--", *resumed)
+        stuck = (f"run_root={root}", f"name=stuck-{world}", "train.samples=40", "train.patience=1")
+        code, output = torchrun(world, SCRIPT, tiny, *whole, "--", *resumed, "--", *stuck)
         assert code == 0, output
         assert f"engine: ddp, {world} process(es)" in output
         assert "resumed from samples-000000000048" in output
@@ -60,6 +62,17 @@ def test_all_replicas_end_with_the_same_weights(launched: Path, world: int) -> N
     for kind in ("whole", "resumed"):
         digests = [(launched / f"{kind}-{world}" / f"rank-{rank}.sha256").read_text() for rank in range(world)]
         assert len(set(digests)) == 1
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_run_that_stands_still_names_the_process_that_all_others_wait_for(launched: Path, world: int) -> None:
+    found = inspect(launched / f"stuck-{world}")
+    assert found.state == "complete", "the notice ends nothing"
+    assert [event["position"] for event in found.events if event["kind"] == "standstill"] == [24]
+    assert found.standstill
+    assert [each.rank for each in found.standstill.processes] == list(range(world))
+    assert "several_runs.py" in found.standstill.processes[-1].where
+    assert found.standstill.verdict.startswith(f"all wait for rank {world - 1}: not in gloo:all")
 
 
 def test_a_single_process_goes_on_where_four_stopped(launched: Path, finished: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import fsum
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,18 @@ def test_few_shot_curves_are_the_scores_with_their_intervals(tmp_path: Path, dra
         np.testing.assert_allclose(ends, [(100 * s.low, 100 * s.high) for s in own])
     assert axes.get_xlabel() == "images per class"
     assert "95 % interval" in axes.get_ylabel()
+
+
+@pytest.mark.parametrize("modes", [2, 4])
+def test_no_panel_cuts_an_interval_off(tmp_path: Path, drawn: list[Figure], modes: int) -> None:
+    means = {f"mode {n}": 0.1 + 0.2 * n for n in range(modes)}
+    scores = [replace(score("a", n, m), protocol=f"{n}-shot {mode}") for mode, m in means.items() for n in (10, 20)]
+    fewshot_figure(scores, tmp_path / "f.png")
+    panels = shown(drawn[0])
+    assert len(panels) == modes
+    for axes, mean in zip(panels, means.values(), strict=True):
+        low, high = axes.get_ylim()
+        assert low <= 100 * (mean - 0.04) < 100 * (mean + 0.06) <= high
 
 
 def test_one_number_of_shots_is_no_curve(tmp_path: Path) -> None:

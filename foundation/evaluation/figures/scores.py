@@ -83,7 +83,7 @@ def fewshot_figure(scores: Sequence[Score], path: Path, warning: str = "") -> Pa
     if not panels:
         return None
     names = unique(name for lines in panels.values() for name in lines)
-    colour, columns = colours(names), min(len(panels), 3)
+    colour, columns = colours(names), 2 if len(panels) == 4 else min(len(panels), 3)
     legend_rows = -(-len(names) // (4 if max(map(len, names)) < 24 else 2))
     rows = -(-len(panels) // columns)
     figure, axes = grid(rows, columns, max(6.4, 4.2 * columns), 3.6 * rows + 0.3 * legend_rows,
@@ -108,6 +108,7 @@ def fewshot_figure(scores: Sequence[Score], path: Path, warning: str = "") -> Pa
         ax.set(xlabel="images per class", ylabel=f"{safe(metric)} [%], 95 % interval")
         drawn = "bootstrap" if seeds == [1] else f"{' or '.join(map(str, seeds))} draws"
         ax.annotate(drawn, (0.99, 0.02), xycoords="axes fraction", ha="right", fontsize=8, color="0.4")
+    for ax in axes.flat[: len(panels)]:  # after all are drawn: panels may share their limits
         low, high = ax.get_ylim()
         ax.set_ylim(max(0, low), min(100, high))
     for ax in axes.flat[len(panels) :]:
