@@ -1,4 +1,4 @@
-"""A run that stands still names the process that all others wait for, and accuses nobody because a file cannot be read."""
+"""A run that stands still names the process that all others wait for; no damaged file accuses anybody."""
 
 from __future__ import annotations
 
