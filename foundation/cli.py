@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from enum import StrEnum
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -27,6 +29,7 @@ from foundation.cli_shards import shards_app
 from foundation.cli_text import console, print_table, show
 from foundation.cli_track import track_command
 from shards.errors import ExplainedError
+from shards.redaction import redacted
 
 # Before torch loads its OpenMP runtime: threads that spin while they wait make a CPU run many times slower as soon as
 # anything else wants the cores, its own readers included.
@@ -66,17 +69,21 @@ class Listed(StrEnum):
 
 
 def main() -> None:
-    """Entry point: errors meant for people are printed without a traceback, exit status 2."""
-    try:
-        extend()
-        app()
-    except ExplainedError as error:
-        # soft_wrap: a broken path or command cannot be copied.
-        text = f"[bold red]{type(error).__name__}[/]: {escape(str(error))}"
-        Console(stderr=True).print(text, highlight=False, soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    """Entry point: errors meant for people are printed without a traceback, exit status 2. Nothing prints a secret."""
+    with redirect_stdout(redacted(sys.stdout)), redirect_stderr(redacted(sys.stderr)):
+        try:
+            extend()
+            app()
+        except ExplainedError as error:
+            # soft_wrap: a broken path or command cannot be copied.
+            text = f"[bold red]{type(error).__name__}[/]: {escape(str(error))}"
+            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except Exception:  # Python would print it outside of this block
+            traceback.print_exc()
+            sys.exit(1)
 
 
 def extend() -> None:

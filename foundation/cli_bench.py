@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from foundation.cli_text import console, print_table, show, working
+from shards.redaction import redact
 
 if TYPE_CHECKING:
     from foundation.bench_loader import Table
@@ -36,7 +37,7 @@ def bench(context: typer.Context, out: Out = None, quick: Quick = False) -> None
 
 def _command() -> str:
     """As it was typed, for the pages."""
-    return " ".join(["foundation", *sys.argv[1:]])
+    return redact(" ".join(["foundation", *sys.argv[1:]]))
 
 
 def _show(*parts: str | Iterable[Table]) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+from shards.redaction import tells
+
 Unit = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-_SECRET = re.compile(r"(?!sqlite:)[\w+]+://([^/\s]*@|\S*\?)")  # a configuration is saved, reported and passed around
 
 
 class Section(BaseModel):
@@ -26,7 +26,8 @@ class Section(BaseModel):
         kind = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, list):
             value = tuple(value)
-        if any(isinstance(one, str) and _SECRET.match(one) for one in (value if isinstance(value, tuple) else [value])):
+        if any(isinstance(one, str) and tells(one) for one in (value if isinstance(value, tuple) else [value])):
+            # It is saved, reported and passed around.
             raise ValueError("a URL without user name or query; credentials come from the environment")
         if isinstance(value, float) and value.is_integer() and kind in (int, int | None):
             return int(value)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from foundation.errors import ConfigError
-from shards.store import redact
+from shards.redaction import redact
 
 _KINDS = {int: "whole number", float: "number", str: "text", bool: "true or false", NoneType: "null"}
 _BOUNDS = {"gt": "> {}", "ge": ">= {}", "lt": "< {}", "le": "<= {}", "pattern": "matching {}"}
@@ -36,7 +36,7 @@ class Problem(NamedTuple):
         return any(f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") for a in mine for b in theirs)
 
     def __str__(self) -> str:
-        shown = repr(list(self.value) if isinstance(self.value, tuple) else self.value)
+        shown = redact(repr(list(self.value) if isinstance(self.value, tuple) else self.value))  # before it is cut
         given = f"{self.path} = {shown if len(shown) <= 60 else shown[:57] + '...'}: " if self.path else ""
         return redact(f"{given}{self.text}") + (f"; did you mean {self.hint}?" if self.hint else "")
 

@@ -17,7 +17,7 @@ import numpy as np
 from shards.cache import Cache
 from shards.errors import DataError
 from shards.schema import DTYPES, SPLITS, VERSION, canonical_json, check_name
-from shards.store import Retry, Store, redact
+from shards.store import Retry, Store
 
 if TYPE_CHECKING:
     import pyarrow
@@ -125,7 +125,7 @@ class Catalog:
             raise DataError(f"unknown split {sorted(wrong)}", do=f"choose from {', '.join(SPLITS)}")
         kept = tuple(s for s in self.sources if s.split in wanted)
         if not kept:
-            raise DataError(f"no source in split {sorted(wanted)}", where=redact(self.root), do=self._holds())
+            raise DataError(f"no source in split {sorted(wanted)}", where=self.root, do=self._holds())
         return replace(self, sources=kept)
 
     def only(self, names: Iterable[str]) -> Catalog:
@@ -159,7 +159,7 @@ class Catalog:
             if unknown := unknown_columns(self, named):
                 what += f": {unknown}"
             do = "see what the columns hold: foundation shards audit CATALOG"
-            raise DataError(what, where=redact(self.root), do=do)
+            raise DataError(what, where=self.root, do=do)
         return replace(self, sources=kept)
 
     def with_amplitudes(self, rules: Mapping[str, Amplitude]) -> Catalog:
@@ -230,7 +230,7 @@ class Catalog:
 
     def _know(self, names: set[str]) -> None:
         if missing := names - {s.name for s in self.sources}:
-            raise DataError(f"no source named {sorted(missing)}", where=redact(self.root), do=self._holds())
+            raise DataError(f"no source named {sorted(missing)}", where=self.root, do=self._holds())
 
     def _holds(self) -> str:
         return "the catalog holds " + (", ".join(f"{s.name} ({s.split})" for s in self.sources) or "no sources")
@@ -238,7 +238,7 @@ class Catalog:
     def _refuse(self, found: list[str]) -> None:
         if found:
             lines = found[:10] + ([f"and {len(found) - 10} more"] if len(found) > 10 else [])
-            where = redact(self.root)
+            where = self.root
             raise DataError("\n".join(lines), where=where, do="restore the files or pack the source again")
 
 
@@ -307,7 +307,7 @@ def load(*roots: str | Path, cache: Cache | None = None) -> Catalog:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise DataError(
             f"two catalogs hold a source named {twice[0]!r}",
-            where=redact(" and ".join(c.root for c in loaded)),
+            where=" and ".join(c.root for c in loaded),
             do="pack one of them under another name",
         )
     return replace(of(", ".join(c.root for c in loaded), sources, place=False), cache=cache)
@@ -315,7 +315,7 @@ def load(*roots: str | Path, cache: Cache | None = None) -> Catalog:
 
 def _load(root: str, cache: Cache | None) -> Catalog:
     root = root.removesuffix(FILE_NAME).rstrip("/") or "."
-    file, where = f"{root}/{FILE_NAME}", redact(f"{root}/{FILE_NAME}")
+    file, where = f"{root}/{FILE_NAME}", f"{root}/{FILE_NAME}"
     try:
         store = Store(root, cache, OPENING)
         value = json.loads(store.read(FILE_NAME) if store.remote else Path(file).read_bytes())

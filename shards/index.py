@@ -23,7 +23,6 @@ import numpy as np
 from shards.catalog import Catalog, Shard
 from shards.errors import DataError
 from shards.schema import DTYPES, NPY_MAGIC
-from shards.store import redact
 
 CODECS = ("raw", "zstd")
 MAX_PIXELS = 1 << 30  # bytes of one sample, so that no lie about a shape takes the machine's memory
@@ -348,7 +347,7 @@ def rebuild(catalog: Catalog) -> int:
     if remote := [source.root for source in catalog.sources if catalog.store(source).remote]:
         raise DataError(
             "indexes are only rebuilt in a folder, this catalog lies behind a URL",
-            where=redact(remote[0]),
+            where=remote[0],
             do="copy it to a folder, rebuild it there, and copy it back: foundation shards copy",
         )
     catalog.check()

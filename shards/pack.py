@@ -34,7 +34,6 @@ from shards.schema import DTYPES, SPLITS, Record, Rejected, check_name
 from shards.sources.base import Corpus, Item, Options, check_counts
 from shards.sources.files import Files
 from shards.statistics import Statistics
-from shards.store import redact
 from shards.workers import Workers, locked
 
 __all__ = ["REJECTED", "Options", "Record", "Rejected", "SourceSpec", "pack", "published"]
@@ -134,7 +133,7 @@ def pack(
     _check(specs)
     if re.match(r"\w+:/", str(out)):  # a Path keeps one slash
         do = "pack into a folder, then: foundation shards copy FOLDER URL"
-        raise DataError("a catalog cannot be packed into a URL", where=redact(str(out)), do=do)
+        raise DataError("a catalog cannot be packed into a URL", where=str(out), do=do)
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise DataError("the catalog folder is a file", where=str(out), do="name a folder, which is made if needed")
@@ -273,7 +272,7 @@ def _refuse(taken: list[_Taken], on_error: str) -> None:
         if not one.samples:
             shutil.rmtree(one.scratch)
             kind = f"{one.corpus.kind} ({one.corpus.description})" if one.corpus else "records"
-            raise rejections.no_image(one.spec.name, redact(str(one.spec.path)), kind, one.rejected, one.notes)
+            raise rejections.no_image(one.spec.name, str(one.spec.path), kind, one.rejected, one.notes)
 
 
 def _write(taken: _Taken, pool: Workers, out: Path, shard_bytes: int) -> list[Shard]:

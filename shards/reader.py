@@ -28,7 +28,7 @@ from shards import index as indexes
 from shards.catalog import Catalog, Shard, Source
 from shards.errors import DataError
 from shards.schema import amplitude_of
-from shards.store import Entry, Store, redact
+from shards.store import Entry, Store
 
 KEEP_OPEN = 256  # shards; each holds two file descriptors, and 1024 of them is a common limit
 _OTHER_FILES = 512  # descriptors that are left to the rest of the process
@@ -136,7 +136,7 @@ class Reader:
         for step in range(len(self)):
             with suppress(CorruptSample):
                 return self[(sample_id + step) % len(self)]
-        raise DataError("not a single sample can be read", where=redact(self.catalog.root), do="pack the sources again")
+        raise DataError("not a single sample can be read", where=self.catalog.root, do="pack the sources again")
 
     def native(self, sample_id: int) -> np.ndarray:
         """The pixels as they were packed: [C, H, W], complex64 and int16 pairs [C, H, W, 2] included."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from shards.errors import DataError
-from shards.store import Retry, _refusal, redact
+from shards.store import Retry, _refusal
 
 T = TypeVar("T")
 
@@ -18,14 +18,14 @@ def explained(error: Exception, what: str, url: str, do: str) -> DataError:
 
     The messages of the libraries show whole URLs, so the cause is not to be chained.
     """
-    text = redact(f"{type(error).__name__}: {error}".rstrip(": "))
+    text = f"{type(error).__name__}: {error}".rstrip(": ")
     if isinstance(error, FileNotFoundError):
-        return DataError(f"{what}: there is no such bucket or folder ({text})", where=redact(url), do=do)
+        return DataError(f"{what}: there is no such bucket or folder ({text})", where=url, do=do)
     if type(error).__name__ == "ParamValidationError":
-        return DataError(f"{what}: no possible name of a bucket ({text})", where=redact(url), do="correct the URL")
+        return DataError(f"{what}: no possible name of a bucket ({text})", where=url, do="correct the URL")
     if refusal := _refusal(error):
-        return DataError(f"{what}: {refusal[0]} ({text})", where=redact(url), do=refusal[1])
-    return DataError(f"{what}: {text}", where=redact(url), do=do)
+        return DataError(f"{what}: {refusal[0]} ({text})", where=url, do=refusal[1])
+    return DataError(f"{what}: {text}", where=url, do=do)
 
 
 def insist(action: Callable[[], T], what: str, url: str, retry: Retry | None = None) -> T:

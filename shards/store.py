@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import random
-import re
 import threading
 import time
 from collections import deque
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from shards.cache import Cache
 from shards.errors import DataError
+from shards.redaction import bare
 
 PACKAGES = {
     "s3": "s3fs",
@@ -63,12 +63,6 @@ class Retry:
     read: float = 30
 
 
-def redact(text: str) -> str:
-    """`text` with user names, passwords and queries of its URLs replaced."""
-    text = re.sub(r"(\w://)[^/\s'\"]*@", r"\1***@", text)
-    return re.sub(r"(\w://[^\s'\"?#]*)[?#][^\s'\"]*", r"\1?***", text)
-
-
 def filesystem(url: str, retry: Retry | None = None) -> tuple[Any, str]:
     """The fsspec file system of a URL or path, and the path of the URL in it.
 
@@ -79,7 +73,7 @@ def filesystem(url: str, retry: Retry | None = None) -> tuple[Any, str]:
     retry = retry or Retry()
     scheme = url.partition("://")[0] if "://" in url else "file"
     if scheme not in PACKAGES:
-        raise DataError(f"{scheme}:// is not read here", where=redact(url), do=f"use one of {', '.join(PACKAGES)}")
+        raise DataError(f"{scheme}:// is not read here", where=url, do=f"use one of {', '.join(PACKAGES)}")
     # An instance and its event loop do not survive a fork. Those of the parent stay listed: collecting them in a
     # child would close sessions on a loop that no longer runs.
     key = (os.getpid(), scheme, retry)
@@ -130,7 +124,7 @@ class Store:
         self.root = str(root).removeprefix("file://")
         self.remote = "://" in self.root
         self.cache, self.retry = cache, retry or Retry()
-        self._key = redact(self.root).rstrip("/")  # a new token is no new catalog
+        self._key = bare(self.root).rstrip("/")  # a new token is no new catalog
         self._prefetcher: _Prefetcher | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -203,7 +197,7 @@ class Store:
 
     def where(self, name: str) -> str:
         """The path or URL of a file, for messages: without secrets."""
-        return _join(redact(self.root.rstrip("/")), name)
+        return _join(bare(self.root.rstrip("/")), name)
 
     def _download(self, file: BinaryIO, item: Entry, attempts: _Attempts) -> None:
         """Write the file, resumed where its kind allows it; raises DataError."""
@@ -300,7 +294,7 @@ class _Attempts:
         self.tries, self.failures = self.tries + 1, self.failures + 1
         now = time.monotonic()
         self.since = now if self.since is None else self.since
-        text = redact(f"{type(error).__name__}: {error}".rstrip(": "))
+        text = f"{type(error).__name__}: {error}".rstrip(": ")
         # Not chained: the messages of the libraries show whole URLs.
         if isinstance(error, _ChangedError) and final:
             what = f"changed on the server: {error}"

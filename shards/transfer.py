@@ -12,7 +12,7 @@ from shards.catalog import Catalog, Source
 from shards.errors import DataError
 from shards.remote import explained
 from shards.spool import sha256_of
-from shards.store import Entry, Store, filesystem, redact
+from shards.store import Entry, Store, filesystem
 
 Progress = Callable[[str, int], None]
 
@@ -25,7 +25,7 @@ def copy(catalog: Catalog, target: str, progress: Progress | None = None, *, aga
     `progress(name, bytes)` is called after each file. Raises DataError.
     """
     if target.startswith("http"):
-        raise DataError("http:// is only read", where=redact(target), do="copy to a folder, s3:// or gs://")
+        raise DataError("http:// is only read", where=target, do="copy to a folder, s3:// or gs://")
     catalog.check()
     fs, base = filesystem(target)
     sent = 0
@@ -80,7 +80,7 @@ def _refuse_strangers(catalog: Catalog, target: str) -> bool:
     if lost := sorted({s.name for s in there.sources} - {s.name for s in catalog.sources}):
         raise DataError(
             f"a catalog there holds other sources: {', '.join(lost)}",
-            where=redact(target),
+            where=target,
             do="choose another target; several catalogs can be read as one",
         )
     return there.fingerprint == catalog.fingerprint

@@ -17,6 +17,7 @@ from foundation.training.lock import owned
 from foundation.training.mlflow_sink import MlflowSink
 from foundation.training.mlflow_store import METRICS, times
 from foundation.training.standing import RUNNING, Standing, read
+from shards.redaction import redact
 
 PAGES = ("config.yaml", "environment.json", "report.html", "scores.json", "scores.md")
 
@@ -39,7 +40,7 @@ def publish(run: Path, config: Config, run_id: str | None, files: Sequence[Path]
     """
     if not config.tracking.mlflow or not (run_id or read(run)):
         return
-    if sink := MlflowSink.open(config, Standing(run, run_id), print):
+    if sink := MlflowSink.open(config, Standing(run, run_id), lambda line: print(redact(line))):
         send(sink, files)
         send_evaluations(sink, run, scores)
         if not sink.close(None):

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from foundation.errors import ConfigError, DataError, StorageError
 from foundation.evaluation.panels import read_metrics
 from foundation.training.mlflow_store import PARENT, mlflow_client
-from shards.store import redact
+from shards.redaction import redact
 
 # Of every line, and nothing to draw.
 UNDRAWN = frozenset(("position", "samples", "time", "samples_hash"))
@@ -54,7 +54,7 @@ def from_mlflow(uri: str, experiment: str, names: Sequence[str] = (), keys: Sequ
     """
     _must_exist(uri)
     client_class, errors = mlflow_client()
-    where = f"experiment {experiment!r} of {redact(uri)}"
+    where = f"experiment {experiment!r} of {uri}"
     try:
         client = client_class(tracking_uri=uri)
         found = client.get_experiment_by_name(experiment)
@@ -100,14 +100,14 @@ def _must_exist(uri: str) -> None:
     parts = urlsplit(uri)
     local = {"sqlite": uri.removeprefix("sqlite:///"), "": uri, "file": parts.path}.get(parts.scheme)
     if local is not None and not Path(local).exists():
-        raise StorageError("there is no MLflow store", where=redact(uri), do="give its address with --uri")
+        raise StorageError("there is no MLflow store", where=uri, do="give its address with --uri")
 
 
 def _silent(uri: str, error: Exception) -> StorageError:
     text = redact((str(error).strip() or type(error).__name__).splitlines()[0])
     return StorageError(
         f"the MLflow store does not answer: {text[:160]}",
-        where=redact(uri),
+        where=uri,
         do="start it or correct --uri; without it, name run folders",
     )
 

@@ -21,7 +21,6 @@ from foundation.files import write_whole
 from shards.catalog import Catalog
 from shards.errors import DataError
 from shards.schema import COLUMNS, canonical_json, content_hash
-from shards.store import redact
 from shards.stream import Reader
 
 FORMAT = 1
@@ -135,7 +134,7 @@ def groups(catalog: Catalog, column: str) -> list[str]:
     """
     if column not in COLUMNS:
         do = f"choose from {', '.join(COLUMNS)}"
-        raise DataError(f"the metadata have no column {column!r}", where=redact(catalog.root), do=do)
+        raise DataError(f"the metadata have no column {column!r}", where=catalog.root, do=do)
     values = catalog.table([column])[column].to_pylist()
     return ["" if value is None else str(value) for value in values]
 
@@ -183,7 +182,7 @@ def listings(split: Split, catalog: Catalog, where: str) -> tuple[Listing, Listi
     if wrong:
         raise DataError(
             f"the split file does not match the catalog: {'; '.join(wrong)}",
-            where=f"{where}, {redact(catalog.root)}",
+            where=f"{where}, {catalog.root}",
             do="name the catalog it was made from, or make it again: foundation splits CATALOG --out FILE",
         )
     classes = tuple(sorted({row.label for row in split.side("train")}))

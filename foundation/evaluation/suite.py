@@ -28,7 +28,7 @@ from foundation.evaluation.protocols import (
 from foundation.evaluation.scores import Score, score
 from foundation.models.vit import ViT
 from shards.catalog import Catalog
-from shards.store import redact
+from shards.redaction import redact
 from shards.stream import Reader
 
 __all__ = ["ALL", "BACKGROUND", "PIXELS", "PROTOCOLS", "RANDOM", "Measured", "Task", "evaluate", "evaluate_task"]
@@ -80,7 +80,7 @@ def sides(catalog: Catalog, test_catalog: Catalog | None = None) -> tuple[Listin
         if not any(s.split == split for s in source.sources):
             raise DataError(
                 f"the catalog has no {split} split",
-                where=redact(source.root),
+                where=source.root,
                 do=f"pack labelled images with --split {split}, name another catalog (--data for train, --test for "
                 "test), or list the images in a split file (--split)",
             )

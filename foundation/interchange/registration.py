@@ -20,7 +20,6 @@ from foundation.interchange.onnx_format import GRAPH
 from foundation.interchange.source import Source, features, images, open_source
 from foundation.training.mlflow_store import address, attach, code, mlflow_client, short
 from foundation.training.standing import Standing
-from shards.store import redact
 
 SERVED = ("torch", "timm", "huggingface", "onnx")
 CARD = 5000  # characters of a description that every database behind MLflow takes
@@ -70,7 +69,7 @@ def register(
     except errors as error:
         what = f"the model was not registered: {short(error)}"
         do = "start or correct the store and run this again; the export is complete"
-        raise StorageError(what, where=redact(uri), do=do) from error
+        raise StorageError(what, where=uri, do=do) from error
     if not gap < TOLERANCE:
         what = f"features of the registered model differ by {gap:.1e}, allowed is {TOLERANCE:.0e}; it was taken back"
         raise CheckpointError(what, where=f"--register {name}", do="report this with the configuration of the run")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from foundation.files import read_json
 from foundation.training.meters import job
 from foundation.training.stopping import Stopped
+from shards.redaction import redact
 
 if TYPE_CHECKING:
     from foundation.training.tracking import Status, Tracker
@@ -44,11 +45,13 @@ class Events:
         """Append a line by one write, so that threads do not mix theirs; numbers that are not finite become null."""
         line = {"kind": kind, "position": position, "time": round(time.time(), 3), **plain(facts)}
         with self.path.open("ab", buffering=0) as file:
-            file.write(json.dumps(line, default=str, allow_nan=False).encode() + b"\n")
+            file.write(json.dumps(line, default=lambda other: redact(str(other)), allow_nan=False).encode() + b"\n")
 
 
 def plain(value: Any) -> Any:
-    """The same for JSON: null for numbers that are not finite, in lists and mappings too."""
+    """The same for JSON, in lists and mappings too: null for numbers that are not finite, text without secrets."""
+    if isinstance(value, str):
+        return redact(value)
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
@@ -71,5 +74,5 @@ def ended(tracker: Tracker, status: Status) -> None:
     if isinstance(error, Stopped):
         facts["reason"], position = error.reason, error.position
     elif error is not None:
-        facts["reason"] = f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": ")[:SHOWN]
+        facts["reason"] = redact(f"{type(error).__name__}: {error}".partition("\n")[0].removesuffix(": "))[:SHOWN]
     tracker.event("stop", position, **facts)

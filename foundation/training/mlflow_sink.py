@@ -16,7 +16,7 @@ from typing import Any
 from foundation.config import Config
 from foundation.training.mlflow_store import METRICS, active, address, attach, code, mlflow_client, short, usable
 from foundation.training.standing import Standing
-from shards.store import redact
+from shards.redaction import redact
 
 RETRY_SECONDS = 30.0
 CLOSE_SECONDS = 60.0

@@ -18,7 +18,7 @@ from typing import Any
 from foundation.config import Config, config_hash, flatten
 from foundation.training.meters import JOB, environment, job
 from foundation.training.standing import Standing
-from shards.store import redact
+from shards.redaction import redact
 
 KEY = "foundation.key"  # the tag by which a run is found when an answer of the store was lost
 PARENT = "mlflow.parentRunId"

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from foundation.config import Config
+from shards.redaction import redact
 from shards.remote import insist
-from shards.store import Retry, filesystem, redact
+from shards.store import Retry, filesystem
 
 TEMPORARY = ".tmp-"
 OURS = r"samples-\d{12,}"  # names of checkpoints; a bucket may hold other samples-...

@@ -24,6 +24,7 @@ from foundation.training.mlflow_sink import CLOSE_SECONDS, MlflowSink
 from foundation.training.mlflow_store import METRICS
 from foundation.training.standing import Standing
 from foundation.training.system import System
+from shards.redaction import redact
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -141,7 +142,7 @@ class RunTracker(Tracker):
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""
-        print(f"{text}\n", end="", file=sys.stderr, flush=True)  # one write: MLflow's thread prints as well
+        print(f"{redact(text)}\n", end="", file=sys.stderr, flush=True)  # one write: MLflow's thread prints as well
 
     def rewind(self, position: int) -> None:
         """The same on disk; MLflow shows the later ones beside the earlier ones."""

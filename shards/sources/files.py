@@ -17,7 +17,7 @@ from typing import Any
 from shards.errors import DataError
 from shards.remote import explained
 from shards.schema import Rejected
-from shards.store import Store, filesystem, redact
+from shards.store import Store, filesystem
 
 MAX_BYTES = 8 << 30  # of one file that is read whole
 MAX_HEADER = 1 << 20  # of what describes an archive member
@@ -102,7 +102,7 @@ class Files:
                     target.write(data)
                     size -= len(data)
         except OSError as error:
-            what = f"cannot be copied: {redact(str(error))}"
+            what = f"cannot be copied: {error}"
             raise DataError(what, where=name, do="free space, or fetch it again") from error
 
     def _download(self, name: str, path: Path) -> None:
@@ -139,7 +139,7 @@ class Files:
                 raise explained(error, "cannot be listed", self.root, "check the URL") from None
             if not listed or base in listed:
                 what = "a file; of a URL only folders are read" if listed else "no such folder, or nothing in it"
-                raise DataError(what, where=redact(self.root), do="check the URL")
+                raise DataError(what, where=self.root, do="check the URL")
             named = {path[len(base) :].lstrip("/"): info for path, info in listed.items()}
             stamps = {name: str(next(filter(None, map(info.get, STAMPS)), "")) for name, info in named.items()}
             return {name: (0, int(info["size"])) for name, info in named.items()}, [], stamps

@@ -22,7 +22,8 @@ from processes import ROOT
 from shards import store as module
 from shards.cache import Cache
 from shards.errors import DataError
-from shards.store import Retry, Store, filesystem, redact
+from shards.redaction import redact
+from shards.store import Retry, Store, filesystem
 
 
 @pytest.fixture(autouse=True)
