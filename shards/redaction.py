@@ -13,7 +13,7 @@ from typing import Any, TextIO, cast
 from urllib.parse import unquote
 
 SHORTEST = 6  # characters: a shorter value of the environment would be found in ordinary words
-_USER = re.compile(r"(\w://)(?:[^/\s\"]*|[^/\s\":]*:(?!\d*(?:[/\s\"]|$))[^\s\"]*)@")  # a password may hold a slash
+_USER = re.compile(r"(\w://)(?:[^/\s\":]*:[^\s\"]*|[^/\s\"]*)@")  # people leave a slash in a password as it is
 _END = r"[^\s\"]*?(?=['\"]?[),;:\]}>]*(?:\s|$)|\")"
 _QUERY = re.compile(rf"(\w://[^\s\"?#]*)[?#]{_END}")
 _BELOW = re.compile(rf"\?[\w.%~+-]+={_END}")  # some libraries name the path and query of a URL alone

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from shards.errors import DataError
-from shards.store import Retry, _refusal
+from shards.store import Retry, _jitter, _refusal
 
 T = TypeVar("T")
 
@@ -43,7 +42,7 @@ def insist(action: Callable[[], T], what: str, url: str, retry: Retry | None = N
             tries += 1
             now = time.monotonic()
             began = now if tries == 1 else began
-            wait = min(retry.longest, retry.first * 2 ** min(tries - 1, 30)) * random.uniform(0.5, 1)
+            wait = min(retry.longest, retry.first * 2 ** min(tries - 1, 30)) * _jitter.uniform(0.5, 1)
             if _refusal(error) or now + wait - began > retry.patience:
                 where = f"{what}: given up after {tries} tries" if tries > 1 else what
                 raise explained(error, where, url, "see whether it can be reached") from None

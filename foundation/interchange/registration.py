@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 
 from foundation.errors import CheckpointError, ConfigError, StorageError
 from foundation.interchange.export import CONFIG, TOLERANCE
@@ -21,6 +22,7 @@ from foundation.interchange.source import Source, features, images, open_source
 from foundation.training.mlflow_store import address, attach, code, mlflow_client, short
 from foundation.training.standing import Standing
 
+LOADER = "foundation.interchange.served"
 SERVED = ("torch", "timm", "huggingface", "onnx")
 CARD = 5000  # characters of a description that every database behind MLflow takes
 
@@ -107,7 +109,7 @@ def _save(path: Path, exported: Path, source: Source) -> None:
         warnings.filterwarnings("ignore", ".*input example was not provided")  # the signature says it
         pyfunc.save_model(
             str(path),
-            loader_module="foundation.interchange.served",
+            loader_module=LOADER,
             data_path=str(exported),
             signature=models.ModelSignature(types.Schema([inputs]), types.Schema([outputs])),
             pip_requirements=[f"sar-foundation=={installed('sar-foundation')}"],
@@ -120,9 +122,18 @@ def _returned(client: Any, uri: str, made: Any, source: Source) -> float:
     x = images(source, 2)
     with tempfile.TemporaryDirectory() as folder:
         where = client.get_model_version_download_uri(made.name, made.version)
-        model = pyfunc.load_model(artifacts.download_artifacts(where, dst_path=folder, tracking_uri=uri))
+        model = pyfunc.load_model(_ours(Path(artifacts.download_artifacts(where, dst_path=folder, tracking_uri=uri))))
         theirs = torch.from_numpy(model.predict(x.numpy()))
     return float((features(source, x)[0] - theirs).abs().max())
+
+
+def _ours(folder: Path) -> str:
+    """A downloaded model, as `_save` writes one; CheckpointError for any other: loading it runs what it names."""
+    flavor = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]["python_function"]
+    if flavor["loader_module"] != LOADER or "code" in flavor:
+        do = "see who writes to this registry; delete the version"
+        raise CheckpointError("the registry gave a model back that brings code of its own", where=str(folder), do=do)
+    return str(folder)
 
 
 def _digest(folder: Path) -> str:
