@@ -143,6 +143,7 @@ def test_an_unexpected_error_is_printed_without_secrets(capsys: pytest.CaptureFi
     assert "hunter2" not in shown
 
 
+@pytest.mark.slow
 def test_a_whole_run_under_an_address_with_a_password_leaves_no_trace_of_it(
     tmp_path: Path, tiny_yaml: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,11 +154,11 @@ def test_a_whole_run_under_an_address_with_a_password_leaves_no_trace_of_it(
     shown = [command("train", tiny_yaml, *short_run)]
     assert shown[0].code == 0
     assert "MLflow does not answer (http://***@127.0.0.1:9: " in shown[0].err, "the store was asked"
-    shown += [command("track", run), command("report", run), command("inspect", run)]
+    shown += [command("track", run), command("inspect", run)]
     shown += [command("export", run, tmp_path / "encoder", "--format", "torch")]
     shown += [command("train", tiny_yaml, f"tracking.uri={secrets['MLFLOW_TRACKING_URI']}")]
     shown += [command("report", run, "--data", "https://me:hunter2pass@127.0.0.1:9/corpus?sig=hunter2key")]
-    assert [each.code for each in shown] == [0, 2, 0, 0, 0, 2, 2]
+    assert [each.code for each in shown] == [0, 2, 0, 0, 2, 2]
     assert all("hunter2" not in text for each in shown for text in (each.out, each.err))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"report.html", "events.jsonl", "environment.json", "README.md"} <= {path.name for path in files}
