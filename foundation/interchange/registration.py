@@ -130,7 +130,7 @@ def _returned(client: Any, uri: str, made: Any, source: Source) -> float:
 def _ours(folder: Path) -> str:
     """A downloaded model, as `_save` writes one; CheckpointError for any other: loading it runs what it names."""
     flavor = yaml.safe_load((folder / "MLmodel").read_text(encoding="utf-8"))["flavors"]["python_function"]
-    if flavor["loader_module"] != LOADER or "code" in flavor:
+    if flavor["loader_module"] != LOADER or flavor.get("code"):
         do = "see who writes to this registry; delete the version"
         raise CheckpointError("the registry gave a model back that brings code of its own", where=str(folder), do=do)
     return str(folder)

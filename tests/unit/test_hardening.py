@@ -87,7 +87,7 @@ def test_a_model_of_a_registry_that_brings_code_is_not_loaded(tmp_path: Path, fl
     with pytest.raises(CheckpointError, match="brings code of its own"):
         registration._ours(tmp_path)
     (tmp_path / "MLmodel").write_text(
-        f"flavors: {{python_function: {{loader_module: {registration.LOADER}, data: data}}}}"
+        f"flavors: {{python_function: {{loader_module: {registration.LOADER}, code: null}}}}"
     )
     assert registration._ours(tmp_path) == str(tmp_path)
 
