@@ -64,6 +64,7 @@ def evaluate_command(
 ) -> None:
     """Score an encoder, beside the untrained encoder, the pixels and the background-only control."""
     from foundation.evaluation.leakage import warnings
+    from foundation.evaluation.protocols import Options
     from foundation.evaluation.runs import evaluate_run
     from foundation.evaluation.scores import to_table
     from foundation.training.checkpoint import best as best_of
@@ -74,14 +75,10 @@ def evaluate_command(
             Path(best_of(checkpoint)) if best else checkpoint,
             data,
             protocol.value,
+            Options(mode.value, recipe.value, integers(shots, "--shots"), range(seeds), epochs),
             test=test,
             split=split,
             allow_shared_groups=allow_shared_groups,
-            mode=mode.value,
-            recipe=recipe.value,
-            shots=integers(shots, "--shots"),
-            seeds=range(seeds),
-            epochs=epochs,
             crop=crop or None,
             device=device,
             averaged=ema,

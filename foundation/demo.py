@@ -9,6 +9,7 @@ from rich.console import Console
 
 from foundation.cli_text import working
 from foundation.config import load
+from foundation.evaluation.protocols import Options
 from foundation.evaluation.runs import evaluate_run
 from foundation.evaluation.scores import Score, to_table
 from foundation.training.run import train
@@ -27,7 +28,7 @@ def demo(root: Path, console: Console) -> bool:
     scores: list[Score] = []
     for protocol in ("knn", "linear", "fewshot"):
         with working(f"evaluating: {protocol}"):
-            scores = evaluate_run(run, str(corpus), protocol, shots=(10, 40))
+            scores = evaluate_run(run, str(corpus), protocol, Options(shots=(10, 40)))
     console.print(to_table(scores))
     store = f"sqlite:///{(root / 'mlflow.db').resolve()}"
     lines = {

@@ -59,6 +59,7 @@ def run_cell(comparison: Comparison, number: int, device: str | None = None) -> 
         return cell.config.run_folder
     import torch
 
+    from foundation.evaluation.protocols import Options
     from foundation.evaluation.runs import judge_run
     from foundation.training.run import train
 
@@ -71,10 +72,7 @@ def run_cell(comparison: Comparison, number: int, device: str | None = None) -> 
         run,
         data,
         ",".join(how.protocols),
-        mode=how.mode,
-        recipe=how.recipe,
-        shots=how.shots,
-        seeds=range(how.draws),
+        Options(how.mode, how.recipe, how.shots, range(how.draws)),
         crop=how.crop,
         device=where,
         controls=number == 0,  # the same in every cell

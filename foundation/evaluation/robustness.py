@@ -20,8 +20,8 @@ from foundation.evaluation.controls import PIXELS, PixelComponents, pixel_featur
 from foundation.evaluation.corruptions import CORRUPTIONS, Corrupted
 from foundation.evaluation.features import Listing, Progress, check_disjoint, extract, listing
 from foundation.evaluation.metrics import resamples
+from foundation.evaluation.protocols import RANDOM, Task
 from foundation.evaluation.runs import run_folder, training_data
-from foundation.evaluation.suite import RANDOM, Task
 from foundation.files import write_whole
 from foundation.interchange import load_encoder, random_encoder
 from foundation.models.vit import ViT

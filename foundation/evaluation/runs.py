@@ -12,13 +12,13 @@ from filelock import FileLock
 
 from foundation.config import Config
 from foundation.errors import CheckpointError, ConfigError, DataError
-from foundation.evaluation import fewshot, leakage, predictions
+from foundation.evaluation import leakage, predictions
 from foundation.evaluation.artifacts import figures, publish
 from foundation.evaluation.panels import SCORES, read_scores, write_run_report
-from foundation.evaluation.protocols import FULL, RANDOM, Options, Report
+from foundation.evaluation.protocols import RANDOM, Options, Report, Task
 from foundation.evaluation.scores import Score, to_json, to_markdown
 from foundation.evaluation.sides import choose
-from foundation.evaluation.suite import Task, measure
+from foundation.evaluation.suite import measure
 from foundation.files import write_whole
 from foundation.interchange import load_encoder, random_encoder
 from foundation.training import checkpoint
@@ -28,9 +28,9 @@ from shards.catalog import Catalog
 FOREIGN = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
 
 
-def evaluate_run(path: Path, data: str, protocol: str, **how: Any) -> list[Score]:
+def evaluate_run(path: Path, data: str, protocol: str, options: Options | None = None, **how: Any) -> list[Score]:
     """`judge_run`, after which all scores of the run are returned: those that were there, and the new ones."""
-    judge_run(path, data, protocol, **how)
+    judge_run(path, data, protocol, options, **how)
     return read_scores(run_folder(path))
 
 
@@ -38,15 +38,11 @@ def judge_run(
     path: Path,
     data: str,
     protocol: str,
+    options: Options | None = None,
     *,
     test: str | None = None,
     split: Path | None = None,
     allow_shared_groups: bool = False,
-    mode: str = "linear",
-    recipe: str = "published",
-    shots: Sequence[int] = fewshot.SHOTS,
-    seeds: Sequence[int] = fewshot.SEEDS,
-    epochs: int = FULL.epochs,
     crop: int | None = None,
     device: str = "cpu",
     averaged: bool = False,
@@ -62,6 +58,7 @@ def judge_run(
     those in `predictions`; the run's report (if `report`) is brought up to date and so is, below its run in MLflow, one
     for each protocol. Without `controls` only the untrained encoder stands beside. Returns the new scores.
     """
+    options = options or Options()
     refuse_foreign(path)
     encoder, config = load_encoder(path, device, averaged)
     state = checkpoint.load(path, None)
@@ -73,7 +70,7 @@ def judge_run(
         {"pretrained": encoder, RANDOM: random_encoder(config, config.seed, device)},
         task,
         protocol,
-        Options(mode, recipe, shots, seeds, epochs),
+        options,
         controls=controls,
     )
     origin = {
@@ -88,7 +85,7 @@ def judge_run(
         "random_init": f"one initialisation, seed {config.seed}; the interval does not cover it",
     }
     facts: tuple[object, ...] = (origin["weights"], origin["data"], f"train {chosen.train_data[:8]}", f"crop {crop}")
-    facts += (f"{config.data.image_size} px", *([f"{epochs} epochs"] if protocol == "finetune" else []))
+    facts += (f"{config.data.image_size} px", *([f"{options.epochs} epochs"] if protocol == "finetune" else []))
     text = ", ".join(map(str, facts))
     added = {**origin, "measurement": text}
     new = [replace(one, settings={**one.settings, **added}) for each in found for one in each.scores]

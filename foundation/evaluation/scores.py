@@ -113,13 +113,8 @@ def to_json(scores: Sequence[Score]) -> str:
     return json.dumps([asdict(s) for s in scores], indent=1)
 
 
-def from_json(text: str) -> list[Score]:
-    """The scores that `to_json` wrote."""
-    return from_rows(json.loads(text))
-
-
 def from_rows(rows: Sequence[dict[str, Any]]) -> list[Score]:
-    """The scores of parsed JSON."""
+    """The scores that `to_json` wrote, parsed."""
     return [Score(**{**row, "seeds": tuple(row["seeds"]), "per_seed": tuple(row["per_seed"])}) for row in rows]
 
 

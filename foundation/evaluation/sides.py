@@ -9,14 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from foundation.config import DataConfig
+from foundation.errors import DataError
 from foundation.evaluation import splits
 from foundation.evaluation.draws import Draws
-from foundation.evaluation.features import Listing
-from foundation.evaluation.suite import sides as own_sides
+from foundation.evaluation.features import Listing, listing
 from foundation.files import write_whole
 from foundation.training.data import cache, ruled
 from shards.catalog import Catalog
 from shards.catalog import load as load_catalog
+from shards.reader import Reader
+from shards.redaction import redact
 
 FOLDER = "splits"
 
@@ -60,6 +62,23 @@ def only(catalog: Catalog, ids: Collection[int]) -> Catalog:
     return replace(catalog, sources=tuple(sources))
 
 
+def own(catalog: Catalog, other: Catalog) -> tuple[Listing, Listing]:
+    """The labelled train samples of one catalog and test samples of another. Raises DataError when there are none."""
+    parts = []
+    for split, source in (("train", catalog), ("test", other)):
+        if not any(s.split == split for s in source.sources):
+            raise DataError(
+                f"the catalog has no {split} split",
+                where=source.root,
+                do=f"pack labelled images with --split {split}, name another catalog (--data for train, --test for "
+                "test), or list the images in a split file (--split)",
+            )
+        parts.append((source.select(split), f"{split} split of {redact(source.root)}"))
+    (learnt, here), (tested, there) = parts
+    train = listing(Reader(learnt), learnt.classes, where=here)
+    return train, listing(Reader(tested), tested.classes, train.classes, where=there)
+
+
 def choose(
     data: str,
     test: str | None,
@@ -83,7 +102,7 @@ def choose(
         there = only(pool, tested.ids)
         return Chosen(train, tested, wanted, there, wanted.sha256, draws if draws.is_dir() else None)
     catalog, other = (ruled(load_catalog(root, cache=known), rules, known=True) for root in (data, test or data))
-    train, tested = own_sides(catalog, None if test is None else other)
+    train, tested = own(catalog, other)
     column = column or "scene"
     known_groups = [splits.groups(part, column) for part in (catalog.select("train"), other.select("test"))]
     found = splits.of_listings(train, tested, known_groups, column)

@@ -9,29 +9,22 @@ import torch
 
 from foundation.errors import ConfigError, DataError
 from foundation.evaluation import fewshot, paired
-from foundation.evaluation.features import Listing, check_disjoint, listing
+from foundation.evaluation.features import check_disjoint
 from foundation.evaluation.metrics import METRICS
 from foundation.evaluation.predictions import Predictions
 from foundation.evaluation.protocols import (
     ALL,
     BACKGROUND,
-    FULL,
     PIXELS,
     PROTOCOLS,
     RANDOM,
     Answer,
     Options,
-    Report,
     Subject,
     Task,
 )
 from foundation.evaluation.scores import Score, score
 from foundation.models.vit import ViT
-from shards.catalog import Catalog
-from shards.redaction import redact
-from shards.stream import Reader
-
-__all__ = ["ALL", "BACKGROUND", "PIXELS", "PROTOCOLS", "RANDOM", "Measured", "Task", "evaluate", "evaluate_task"]
 
 
 @dataclass(frozen=True)
@@ -40,70 +33,6 @@ class Measured:
 
     predictions: Predictions
     scores: tuple[Score, ...]
-
-
-def evaluate(
-    encoder_by_name: Mapping[str, ViT],
-    catalog: Catalog,
-    protocol: str,
-    *,
-    image_size: int,
-    mode: str = "linear",
-    recipe: str = "published",
-    shots: Sequence[int] = fewshot.SHOTS,
-    seeds: Sequence[int] = fewshot.SEEDS,
-    epochs: int = FULL.epochs,
-    crop: int | None = None,
-    test_catalog: Catalog | None = None,
-    batch: int = 64,
-    device: torch.device | str = "cpu",
-    progress: Report | None = None,
-) -> list[Score]:
-    """Scores of the encoders, then of the controls, on the train and test splits of the catalog.
-
-    `protocol` is one of PROTOCOLS, or «all» for those of ALL. `test_catalog` gives the test split if it is another one.
-    `mode` (linear or finetune), `recipe` (published or improved), `shots` and `seeds` are for «fewshot», `epochs` for
-    «finetune». Raises ConfigError without a `random-init` encoder or with an unknown word, DataError when a split is
-    empty, a training sample is among the test samples, the classes do not match, are fewer than two, or one has too few
-    samples.
-    """
-    train, test = sides(catalog, test_catalog)
-    task = Task(train, test, image_size, crop, batch, device, report=progress)
-    how = Options(mode, recipe, shots, seeds, epochs)
-    return [one for found in measure(encoder_by_name, task, protocol, how) for one in found.scores]
-
-
-def sides(catalog: Catalog, test_catalog: Catalog | None = None) -> tuple[Listing, Listing]:
-    """The labelled samples of the catalog's own splits. Raises DataError when one of them is empty."""
-    parts = []
-    for split, source in (("train", catalog), ("test", test_catalog or catalog)):
-        if not any(s.split == split for s in source.sources):
-            raise DataError(
-                f"the catalog has no {split} split",
-                where=source.root,
-                do=f"pack labelled images with --split {split}, name another catalog (--data for train, --test for "
-                "test), or list the images in a split file (--split)",
-            )
-        parts.append((source.select(split), f"{split} split of {redact(source.root)}"))
-    (learnt, here), (tested, there) = parts
-    train = listing(Reader(learnt), learnt.classes, where=here)
-    return train, listing(Reader(tested), tested.classes, train.classes, where=there)
-
-
-def evaluate_task(
-    encoder_by_name: Mapping[str, ViT],
-    task: Task,
-    protocol: str,
-    *,
-    mode: str = "linear",
-    recipe: str = "published",
-    shots: Sequence[int] = fewshot.SHOTS,
-    seeds: Sequence[int] = fewshot.SEEDS,
-    epochs: int = FULL.epochs,
-) -> list[Score]:
-    """`evaluate` on samples that are listed already."""
-    options = Options(mode, recipe, shots, seeds, epochs)
-    return [one for found in measure(encoder_by_name, task, protocol, options) for one in found.scores]
 
 
 def measure(
@@ -118,7 +47,8 @@ def measure(
 
     `protocol` is one, several with commas between, or «all». The accuracy of every other encoder is tested against that
     of `random-init` on the same images and seeds. Without `controls` background and pixels, which are the same for all
-    encoders, are left to another call.
+    encoders, are left to another call. Raises ConfigError without a `random-init` encoder or with an unknown word,
+    DataError when a training sample is among the test samples or there are fewer than two classes.
     """
     options = options or Options()
     protocols = ALL if protocol == "all" else tuple(protocol.split(","))

@@ -19,6 +19,7 @@ from processes import finish, interrupted, start
 
 from foundation import cli, cli_help, demo
 from foundation.config import Config
+from foundation.evaluation.protocols import Options
 from foundation.models.families import FAMILY
 from foundation.objectives.registry import OBJECTIVES
 from foundation.objectives.registry import build as build_objective
@@ -289,9 +290,9 @@ def test_the_demo_runs_to_its_verdict_and_can_be_repeated(
     monkeypatch.setattr(demo, "CONFIG", tiny_yaml)
     evaluate, kept, mean = demo.evaluate_run, {}, {"pretrained": 0.6, "random-init": 0.55}
 
-    def smaller(run: Path, data: Path, protocol: str, **_: Any) -> Any:
+    def smaller(run: Path, data: Path, protocol: str, _: Any) -> Any:
         if protocol not in kept:
-            kept[protocol] = evaluate(run, data, protocol, shots=(1,), seeds=(0,))
+            kept[protocol] = evaluate(run, data, protocol, Options(shots=(1,), seeds=(0,)))
         scores = kept[protocol]
         return [replace(s, mean=mean[s.encoder]) if s.protocol == "linear" and s.encoder in mean else s for s in scores]
 

@@ -18,10 +18,10 @@ from foundation.errors import ConfigError, DataError
 from foundation.evaluation.controls import PIXELS
 from foundation.evaluation.corruptions import CORRUPTIONS, Corrupted, amplify, coarsen, speckle, turn
 from foundation.evaluation.features import Listing, images, listing
+from foundation.evaluation.protocols import RANDOM, Task
 from foundation.evaluation.robustness import Row, intervals, robustness, to_table
 from foundation.evaluation.robustness_figure import robustness_figure
 from foundation.evaluation.scores import bootstrap
-from foundation.evaluation.suite import RANDOM, Task
 from shards.augment import resize_center
 
 KINDS = tuple(CORRUPTIONS)

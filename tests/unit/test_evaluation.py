@@ -8,6 +8,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,10 @@ from foundation.errors import ConfigError, DataError, NumericsError
 from foundation.evaluation import attentive, controls, fewshot, knn, metrics, probe, scores
 from foundation.evaluation.attention import attention_distance, attention_distances, token_distances
 from foundation.evaluation.features import Listing, check_disjoint, extract, images, listing
-from foundation.evaluation.suite import BACKGROUND, PIXELS, RANDOM, Task, evaluate, evaluate_task
+from foundation.evaluation.protocols import BACKGROUND, PIXELS, RANDOM, Options, Task
+from foundation.evaluation.scores import Score
+from foundation.evaluation.sides import own
+from foundation.evaluation.suite import measure
 from foundation.evaluation.tuning import Recipe
 
 NAMES = ("a", "b", "c")
@@ -259,7 +263,7 @@ def test_scores_survive_json_and_are_rendered_as_tables() -> None:
     from rich.console import Console
 
     found = [scores.Score("my|net", "knn", "accuracy", 0.5, 0.4, 0.6, (0,), (0.5,), 10, {"k": 3})]
-    assert scores.from_json(scores.to_json(found)) == found
+    assert scores.from_rows(json.loads(scores.to_json(found))) == found
     assert json.loads(scores.to_json(found))[0]["settings"] == {"k": 3}
     assert "| my\\|net | knn | accuracy | 50.0 % | 40.0 – 60.0 | bootstrap | 10 |" in scores.to_markdown(found)
     with (console := Console(width=120)).capture() as printed:
@@ -289,10 +293,14 @@ def test_the_background_is_taken_after_the_crop_the_encoder_gets() -> None:
     torch.testing.assert_close(controls.listing_background(samples, 12), cropped)
 
 
+def measured(*what: Any) -> list[Score]:
+    return [one for found in measure(*what) for one in found.scores]
+
+
 @pytest.mark.parametrize("protocol", ["knn", "linear", "attentive", "fewshot", "finetune"])
 def test_every_score_stands_beside_the_untrained_encoder_and_the_background(protocol: str) -> None:
-    toys, options = {"pretrained": Toy(), RANDOM: Toy()}, {"shots": (5, 10), "seeds": (0, 1, 2), "epochs": 2}
-    found = evaluate_task(toys, task(), protocol, **options)
+    options = Options(shots=(5, 10), seeds=(0, 1, 2), epochs=2)
+    found = measured({"pretrained": Toy(), RANDOM: Toy()}, task(), protocol, options)
     names = ("pretrained", RANDOM, BACKGROUND, PIXELS)
     assert {s.encoder for s in found} == set(names)
     pairs = {e: [(s.protocol, s.metric) for s in found if s.encoder == e] for e in names}
@@ -311,7 +319,7 @@ def test_every_score_stands_beside_the_untrained_encoder_and_the_background(prot
 
 
 def test_fine_tuning_says_that_its_background_control_is_linear() -> None:
-    found = evaluate_task({RANDOM: Toy()}, task(), "fewshot", mode="finetune", shots=(2,), seeds=(0, 1))
+    found = measured({RANDOM: Toy()}, task(), "fewshot", Options("finetune", shots=(2,), seeds=(0, 1)))
     assert [(s.protocol, s.settings["mode"]) for s in found if s.metric == "accuracy"] == [
         ("2-shot finetune", "finetune"),
         ("2-shot finetune", "linear"),
@@ -321,14 +329,14 @@ def test_fine_tuning_says_that_its_background_control_is_linear() -> None:
 
 def test_a_suite_without_control_or_with_wrong_words_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"«zeroshot» is none of knn.*; mode «x».*; recipe «y».*no «random-init»"):
-        evaluate_task({"pretrained": Toy()}, task(), "zeroshot", mode="x", recipe="y")
+        measure({"pretrained": Toy()}, task(), "zeroshot", Options("x", "y"))
 
 
 def test_a_suite_refuses_a_training_chip_in_the_test_set() -> None:
     t = task()
     both: Listing = listing(Chips(3), NAMES)
     with pytest.raises(DataError, match="also among"):
-        evaluate_task({RANDOM: Toy()}, replace(t, test=both), "knn")
+        measure({RANDOM: Toy()}, replace(t, test=both), "knn")
 
 
 def test_a_packed_catalog_is_evaluated_from_end_to_end(tmp_path: Path) -> None:
@@ -337,7 +345,8 @@ def test_a_packed_catalog_is_evaluated_from_end_to_end(tmp_path: Path) -> None:
 
     catalog = write(tmp_path, size=48, per_class_train=6, per_class_test=4, pretrain=0)
     torch.manual_seed(0)
-    found = evaluate({RANDOM: ViT(32, 2, 2)}, catalog, "fewshot", image_size=48, shots=(5,), seeds=(0, 1), crop=40)
+    packed = Task(*own(catalog, catalog), image_size=48, crop=40)
+    found = measured({RANDOM: ViT(32, 2, 2)}, packed, "fewshot", Options(shots=(5,), seeds=(0, 1)))
     assert [s.encoder for s in found if s.metric == "accuracy"] == [RANDOM, BACKGROUND, PIXELS]
     assert found[0].n_test == 4 * len(catalog.classes)
 

@@ -13,12 +13,12 @@ import torch
 from test_evaluation import NAMES, Chips, Toy, task
 
 from foundation.errors import CheckpointError, DataError
-from foundation.evaluation import predictions, protocols, splits, suite
+from foundation.evaluation import predictions, protocols, splits
 from foundation.evaluation.features import listing
 from foundation.evaluation.paired import compare_runs
-from foundation.evaluation.protocols import ALL, Options
+from foundation.evaluation.protocols import ALL, BACKGROUND, PIXELS, PROTOCOLS, RANDOM, Options, Task
 from foundation.evaluation.runs import evaluate_run, read_scores
-from foundation.evaluation.suite import BACKGROUND, PIXELS, PROTOCOLS, RANDOM, Task, evaluate_task, measure
+from foundation.evaluation.suite import measure
 from foundation.interchange import load_encoder
 from foundation.models.vit import ViT
 from foundation.training import checkpoint
@@ -63,12 +63,12 @@ def test_one_class_is_no_task_under_any_protocol(protocol: str) -> None:
     train = listing(Chips(6, names=("a",)), NAMES)
     alone = Task(train, listing(Chips(3, 500, names=("a",)), NAMES, train.classes), 16)
     with pytest.raises(DataError, match="the 6 training samples have one class only: a"):
-        evaluate_task({RANDOM: Toy()}, alone, protocol)
+        measure({RANDOM: Toy()}, alone, protocol)
 
 
 def test_images_of_other_channels_are_refused_before_any_is_encoded() -> None:
     with pytest.raises(DataError, match="images have 1 channels, the encoder «random-init» takes 2"):
-        evaluate_task({RANDOM: ViT(32, 1, 2, 8, channels=2)}, task(), "knn")
+        measure({RANDOM: ViT(32, 1, 2, 8, channels=2)}, task(), "knn")
 
 
 def test_a_run_keeps_its_split_and_the_answers_behind_every_score(scored: Path, catalog: Path) -> None:
@@ -164,4 +164,4 @@ def test_scores_say_how_they_differ_from_the_untrained_encoder(scored: Path) -> 
     text = (scored / "scores.md").read_text()
     assert "against random-init, paired" in text
     (twin,) = {json.dumps(s.settings["paired"]) for s in read_scores(scored) if "paired" in s.settings}
-    assert json.loads(twin)["against"] == suite.RANDOM
+    assert json.loads(twin)["against"] == RANDOM
