@@ -16,8 +16,9 @@ import numpy as np
 
 from shards.cache import Cache
 from shards.errors import DataError
-from shards.schema import DTYPES, SPLITS, VERSION, canonical_json, check_name
-from shards.store import Retry, Store
+from shards.remote import Retry
+from shards.schema import DTYPES, SPLITS, VERSION, canonical_json, check_name, sha256_of
+from shards.store import Store
 
 if TYPE_CHECKING:
     import pyarrow
@@ -215,16 +216,16 @@ class Catalog:
                 index = indexes.path_of(Path(shard.name)).name
                 tar = store.fetch(shard.name, shard.bytes, shard.sha256, again=True)
                 sidecar = store.fetch(index, shard.index_bytes, shard.index_sha256, again=True)
-                if _sha256(tar) != shard.sha256:
+                if sha256_of(tar) != shard.sha256:
                     found.append(f"shard {shard.name} has changed: its sha256 is not the packed one")
                 elif not np.array_equal(indexes.read(sidecar), indexes.build(tar, source.classes)):
                     found.append(f"index of {shard.name} disagrees with its shard (rebuild it)")
-                elif _sha256(sidecar) != shard.index_sha256:
+                elif sha256_of(sidecar) != shard.index_sha256:
                     found.append(f"index {index} has changed: its sha256 is not the packed one (rebuild it)")
                 if progress:
                     progress(shard.samples)
             file = source.metadata
-            if _sha256(store.fetch(file.name, file.bytes, file.sha256, again=True)) != file.sha256:
+            if sha256_of(store.fetch(file.name, file.bytes, file.sha256, again=True)) != file.sha256:
                 found.append(f"{file.name} has changed: its sha256 is not the packed one")
         self._refuse(found)
 
@@ -258,11 +259,6 @@ def _complaint(path: Path, shard: Shard) -> str | None:
     if size < shard.bytes:
         return f"shard {shard.name} is cut off: {size} of {shard.bytes} bytes"
     return f"shard {shard.name} is not the packed one: {size} bytes, not {shard.bytes}" if size > shard.bytes else None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def of(root: str | Path, sources: Iterable[Source], *, place: bool = True) -> Catalog:

@@ -279,18 +279,8 @@ def read(path: Path) -> np.ndarray:
         file.close()
 
 
-def open_index(path: Path, tar: Path | int, shard: Shard, classes: int | None = None) -> IndexFile:
-    """Open the index of a shard after comparing it with the shard; raises DataError that says what to do."""
-    file = IndexFile(path)
-    compare(file, tar, shard, classes)
-    return file
-
-
-def compare(file: IndexFile, tar: Path | int, shard: Shard, classes: int | None = None) -> None:
-    """Raise DataError, and close `file`, unless it is the packed index of a shard (a path or a descriptor).
-
-    `classes`: how many classes the source has, when labels are to be checked too.
-    """
+def compare(file: IndexFile, tar: int, shard: Shard, classes: int) -> None:
+    """Raise DataError, and close `file`, unless it is the packed index of a shard (a descriptor) of so many classes."""
     try:
         rows = file.rows()
         complaint = _disagreement(rows, tar, shard, classes)
@@ -303,15 +293,14 @@ def compare(file: IndexFile, tar: Path | int, shard: Shard, classes: int | None 
         raise DataError(f"the index disagrees with its shard: {complaint}", where=str(file.path), do=_advice(file.path))
 
 
-def _disagreement(rows: np.ndarray, tar: Path | int, shard: Shard, classes: int | None) -> str:
+def _disagreement(rows: np.ndarray, tar: int, shard: Shard, classes: int) -> str:
     """What is wrong with an index, or nothing. Reads two headers, not the shard."""
     if len(rows) != shard.samples:
         return f"{len(rows)} samples, the catalog says {shard.samples}"
     size = np.uint64(os.stat(tar).st_size)
     if (rows["dtype"] >= len(DTYPES)).any() or (rows["codec"] >= len(CODECS)).any() or (rows["shape"] < 1).any():
         return "a shape, dtype or codec is out of range"
-    highest = np.iinfo(np.int32).max if classes is None else classes
-    if (rows["label"] < -1).any() or (rows["label"] >= highest).any():
+    if (rows["label"] < -1).any() or (rows["label"] >= classes).any():
         return "a label is out of range"
     if any(not re.fullmatch(_KEY, key) for key in rows["key"].tolist()):
         return "a key is out of range"
@@ -327,11 +316,9 @@ def _disagreement(rows: np.ndarray, tar: Path | int, shard: Shard, classes: int 
         or (rows["meta_bytes"] > MAX_JSON).any()
     ):
         return "a size does not fit its shape"
-    with open(tar, "rb", closefd=isinstance(tar, Path)) as file:
-        for row in rows[raw][[0, -1]] if raw.any() else ():
-            file.seek(max(int(row["offset"]) - _NPY_HEAD, 0))
-            if not file.read(_NPY_HEAD).startswith(NPY_MAGIC):
-                return f"no array at the place of {row['key'].decode()}"
+    for row in rows[raw][[0, -1]] if raw.any() else ():
+        if not os.pread(tar, _NPY_HEAD, max(int(row["offset"]) - _NPY_HEAD, 0)).startswith(NPY_MAGIC):
+            return f"no array at the place of {row['key'].decode()}"
     return ""
 
 

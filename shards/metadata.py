@@ -5,7 +5,6 @@ Weights, filters and audits read only this, never pixels.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from shards.catalog import Source
 from shards.errors import DataError
-from shards.schema import COLUMNS
+from shards.schema import COLUMNS, sha256_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -80,8 +79,7 @@ def groups(path: Path, source: Source, columns: Sequence[str]) -> Iterator[pa.Ta
 @lru_cache
 def _sha256(path: Path, size: int, written: int) -> str:
     """Of a file as it is now; Parquet protects its pages, not which column they are."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256_of(path)
 
 
 def read(path: Path, source: Source, columns: Sequence[str] | None = None) -> pa.Table:

@@ -30,7 +30,7 @@ from shards import metadata, rejections, sources, spool, tarfiles
 from shards.catalog import Amplitude, Catalog, Shard, Sidecar, Source
 from shards.errors import DataError
 from shards.rejections import REJECTED
-from shards.schema import DTYPES, SPLITS, Record, Rejected, check_name
+from shards.schema import DTYPES, SPLITS, Record, Rejected, check_name, sha256_of
 from shards.sources.base import Corpus, Item, Options, check_counts
 from shards.sources.files import Files
 from shards.statistics import Statistics
@@ -336,7 +336,7 @@ def _source(taken: _Taken, shards: list[Shard], amplitude: Amplitude) -> Source:
     spec, counts = taken.spec, Counter(r.kind for r in taken.rejected)
     path = taken.tars / "metadata.parquet"
     metadata.write(path, (pq.read_table(tarfiles.piece_of(taken.tars, shard)) for shard in shards))
-    sha256 = spool.sha256_of(path)
+    sha256 = sha256_of(path)
     file = Sidecar(f"{spec.name}-{sha256[:8]}.parquet", path.stat().st_size, sha256)
     os.replace(path, taken.scratch / file.name)
     summary = {**taken.statistics.summary(), "rejected": {k: counts[k] for k in ("bad", "small", "flat", "other")}}

@@ -21,7 +21,7 @@ from shards.errors import DataError
 from shards.formats import check
 from shards.index import MAX_JSON, MAX_PIXELS
 from shards.metadata import column_values
-from shards.schema import DTYPES, VERSION, Record, Rejected, canonical_json, content_hash, npy_bytes
+from shards.schema import DTYPES, VERSION, Record, Rejected, canonical_json, content_hash, npy_bytes, sha256_of
 from shards.sources.base import Corpus, Item
 from shards.sources.files import Files
 from shards.statistics import Statistics
@@ -152,12 +152,6 @@ def _stored(pixels: np.ndarray, codec: str) -> bytes:
     import zstandard
 
     return zstandard.ZstdCompressor(level=LEVEL).compress(data)
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def spooled(folder: Path, digest: str) -> Spooled | None:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path, PurePosixPath
@@ -20,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 from shards.cache import Cache
 from shards.errors import DataError
 from shards.redaction import bare
+from shards.remote import Attempts, ChangedError, Retry
 
 PACKAGES = {
     "s3": "s3fs",
@@ -37,7 +36,6 @@ PREFETCH_TRUST = 60.0  # seconds for which a file that was fetched counts as the
 ROUNDS = 8  # how often other processes may take a file away before it could be opened
 log = logging.getLogger(__name__)
 _filesystems: dict[tuple[object, ...], Any] = {}
-_jitter = random.SystemRandom()  # forked children must not wait in step
 
 
 class Entry(NamedTuple):
@@ -46,21 +44,6 @@ class Entry(NamedTuple):
     name: str
     size: int
     sha256: str
-
-
-@dataclass(frozen=True)
-class Retry:
-    """How long to insist. All in seconds.
-
-    `patience`: without any progress until giving up; `first`, `longest`: waits between tries, which double;
-    `connect`, `read`: time-outs of a request, `read` without a byte.
-    """
-
-    patience: float = 600
-    first: float = 0.5
-    longest: float = 30
-    connect: float = 10
-    read: float = 30
 
 
 def filesystem(url: str, retry: Retry | None = None) -> tuple[Any, str]:
@@ -89,7 +72,7 @@ def filesystem(url: str, retry: Retry | None = None) -> tuple[Any, str]:
 
 
 def _create(scheme: str, retry: Retry) -> Any:
-    """Retrying is left to this module, so that waits do not multiply; listings are never cached."""
+    """Retrying is left to `Attempts`, so that waits do not multiply; listings are never cached."""
     from fsspec import get_filesystem_class
 
     kind: Any = get_filesystem_class(scheme)
@@ -143,7 +126,7 @@ class Store:
         path = self.cache.path(self._key, name, sha256)
         if not again and self.cache.hit(path, size):
             return path
-        attempts = _Attempts(self.retry, self.where(name))
+        attempts = Attempts(self.retry, self.where(name))
         with self.cache.writing(path, size, attempts.idle, again=again) as file:
             if file is not None:
                 self._download(file, Entry(_inside(name), size, sha256), attempts)
@@ -174,7 +157,7 @@ class Store:
 
     def read(self, name: str) -> bytes:
         """The bytes of a small file, not cached. Raises DataError."""
-        attempts = _Attempts(self.retry, self.where(name))
+        attempts = Attempts(self.retry, self.where(name))
         fs, base = filesystem(self.root, self.retry)
         path = _join(base, _inside(name))
         while True:
@@ -199,7 +182,7 @@ class Store:
         """The path or URL of a file, for messages: without secrets."""
         return _join(bare(self.root.rstrip("/")), name)
 
-    def _download(self, file: BinaryIO, item: Entry, attempts: _Attempts) -> None:
+    def _download(self, file: BinaryIO, item: Entry, attempts: Attempts) -> None:
         """Write the file, resumed where its kind allows it; raises DataError."""
         fs, base = filesystem(self.root, self.retry)
         url, pieces = _join(base, item.name), _streamed if self.root.startswith("http") else _ranged
@@ -214,19 +197,15 @@ class Store:
                 if done == item.size and sha.hexdigest() == item.sha256:
                     return
                 found = f"{done:,} bytes, sha256 {sha.hexdigest()[:12]}"
-                raise _ChangedError(f"{found} instead of {item.size:,}, {item.sha256[:12]}")
+                raise ChangedError(f"{found} instead of {item.size:,}, {item.sha256[:12]}")
             except _Full as error:
                 raise error.cause from None
             except Exception as error:
-                wrong += isinstance(error, _ChangedError)
+                wrong += isinstance(error, ChangedError)
                 attempts.failed(error, final=wrong == WRONG_BYTES)
-                if isinstance(error, _ChangedError) or pieces is _streamed:
+                if isinstance(error, ChangedError) or pieces is _streamed:
                     sha, done = hashlib.sha256(), 0
                     file.seek(0)
-
-
-class _ChangedError(Exception):
-    """The server has other bytes than the catalog says."""
 
 
 class _Full(Exception):
@@ -263,81 +242,6 @@ def _streamed(fs: Any, url: str, start: int, stop: int) -> Iterator[bytes]:
         while left and (data := file.read(min(PIECE, left))):
             left -= len(data)
             yield data
-
-
-class _Attempts:
-    """The tries for one file: waits between them, and the DataError that ends them."""
-
-    def __init__(self, retry: Retry, where: str) -> None:
-        self.retry, self.where = retry, where
-        self.since: float | None = None  # when progress stopped
-        self.tries = self.failures = self.best = 0
-        self.sign: object = None
-
-    def reached(self, done: int) -> None:
-        """Note progress: more bytes than ever before."""
-        if done > self.best:
-            self.best, self.since, self.failures = done, None, 0
-
-    def idle(self, sign: object) -> None:
-        """Wait a moment for another process, which shows progress by new values of `sign`."""
-        now = time.monotonic()
-        if self.since is None or sign != self.sign:
-            self.since, self.sign = now, sign
-        if now - self.since > self.retry.patience:
-            what = f"another process of this node has been at it for {now - self.since:.0f} s without progress"
-            raise DataError(what, where=self.where, do="see what that process reports, or give the cache more room")
-        time.sleep(0.02 + 0.1 * _jitter.random())
-
-    def failed(self, error: Exception, *, final: bool = False) -> None:
-        """Wait before the next try, or raise DataError when there is no point in one."""
-        self.tries, self.failures = self.tries + 1, self.failures + 1
-        now = time.monotonic()
-        self.since = now if self.since is None else self.since
-        text = f"{type(error).__name__}: {error}".rstrip(": ")
-        # Not chained: the messages of the libraries show whole URLs.
-        if isinstance(error, _ChangedError) and final:
-            what = f"changed on the server: {error}"
-            raise DataError(what, where=self.where, do="load the catalog again, or restore the file it lists") from None
-        if refusal := _refusal(error):
-            raise DataError(f"{refusal[0]} ({text})", where=self.where, do=refusal[1]) from None
-        wait = min(self.retry.longest, self.retry.first * 2 ** min(self.failures - 1, 30)) * _jitter.uniform(0.5, 1)
-        if final or now + wait - self.since > self.retry.patience:
-            what = f"cannot be fetched: given up after {self.tries} tries and {now - self.since:.0f} s without progress"
-            raise DataError(
-                f"{what}; the last one: {text}", where=self.where, do="see whether it can be reached"
-            ) from None
-        time.sleep(wait)
-
-
-def _refusal(error: BaseException) -> tuple[str, str] | None:
-    """What happened and what to do, for errors that no further try can cure."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    status = _status(error)
-    if kinds & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError"}:
-        return "no credentials", "set those of the provider in the environment (AWS_PROFILE, AWS_ACCESS_KEY_ID, ...)"
-    if isinstance(error, TimeoutError):
-        return None
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return "there is no such file", "check the root, and that the upload of the catalog was complete"
-    if isinstance(error, PermissionError) or status in (401, 403) or str(error).startswith("Forbidden"):
-        return "access denied", "check the credentials in the environment and the rights on the file"
-    if status == 416 or "satisfiable" in str(error):
-        return "changed on the server: the file is shorter than the catalog says", "load the catalog again"
-    own = isinstance(error, (TypeError, ValueError, AttributeError, LookupError, NotImplementedError, ImportError))
-    if own or kinds & {"ParamValidationError"} or (status and 400 <= status < 500 and status not in (408, 425, 429)):
-        return "the request was refused", "check the root and the endpoint"
-    return None
-
-
-def _status(error: BaseException | None) -> int:
-    """The HTTP status that an error of s3fs (botocore), gcsfs or aiohttp carries, 0 without one."""
-    cause = error.__cause__ if error else None
-    response = getattr(error, "response", None) or getattr(cause, "response", None)
-    if isinstance(response, dict):
-        return int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    value = str(getattr(error, "status", None) or getattr(error, "code", None))
-    return int(value) if value.isdigit() else 0
 
 
 def _inside(name: str) -> str:

@@ -20,8 +20,16 @@ from shards import metadata
 from shards.catalog import Shard
 from shards.errors import DataError
 from shards.likeness import descriptor
-from shards.schema import NPY_MAGIC, VERSION, amplitude_of, canonical_json, content_hash, image_shape, sample_key
-from shards.spool import sha256_of
+from shards.schema import (
+    NPY_MAGIC,
+    VERSION,
+    amplitude_of,
+    canonical_json,
+    content_hash,
+    image_shape,
+    sample_key,
+    sha256_of,
+)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from shards import index as indexes
 from shards.catalog import Catalog, Source
 from shards.errors import DataError
 from shards.remote import explained
-from shards.spool import sha256_of
+from shards.schema import sha256_of
 from shards.store import Entry, Store, filesystem
 
 Progress = Callable[[str, int], None]

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 
 from shards import store
 from shards.cache import Cache
-from shards.store import Retry, Store
+from shards.remote import Retry
+from shards.store import Store
 
 HASTY = Retry(patience=1, first=0.01, longest=0.05, connect=1, read=0.5)
 STEADY = Retry(patience=20, first=0.01, longest=0.05, connect=1, read=0.5)

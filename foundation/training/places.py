@@ -20,8 +20,8 @@ from typing import Any
 
 from foundation.config import Config
 from shards.redaction import redact
-from shards.remote import insist
-from shards.store import Retry, filesystem
+from shards.remote import Retry, insist
+from shards.store import filesystem
 
 TEMPORARY = ".tmp-"
 OURS = r"samples-\d{12,}"  # names of checkpoints; a bucket may hold other samples-...

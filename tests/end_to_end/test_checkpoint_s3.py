@@ -16,7 +16,7 @@ from foundation.training import places
 from foundation.training.checkpoint import latest, load, read, restore, save
 from foundation.training.committed import committed, flaw
 from foundation.training.places import Url, place
-from shards.store import Retry
+from shards.remote import Retry
 
 pytest.importorskip("moto.server", reason="moto[server] is not installed")
 pytest.importorskip("s3fs", reason="s3fs is not installed")

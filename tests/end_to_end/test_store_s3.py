@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from shards import store as module
 from shards.cache import Cache
 from shards.errors import DataError
-from shards.store import Retry, Store, filesystem
+from shards.remote import Retry
+from shards.store import Store, filesystem
 
 pytest.importorskip("moto.server", reason="moto[server] is not installed")
 pytest.importorskip("s3fs", reason="s3fs is not installed")

@@ -14,7 +14,7 @@ from shards import index as indexes
 from shards.cache import Cache
 from shards.errors import DataError
 from shards.pack import Record, SourceSpec, pack
-from shards.store import Retry
+from shards.remote import Retry
 from shards.stream import Reader
 
 

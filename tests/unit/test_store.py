@@ -23,7 +23,8 @@ from shards import store as module
 from shards.cache import Cache
 from shards.errors import DataError
 from shards.redaction import redact
-from shards.store import Retry, Store, filesystem
+from shards.remote import Retry
+from shards.store import Store, filesystem
 
 
 @pytest.fixture(autouse=True)
