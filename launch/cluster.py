@@ -131,9 +131,9 @@ class Cluster(Section):
         return hours * 3600 + minutes * 60 + seconds
 
 
-def load_cluster(path: Path, overrides: tuple[str, ...] = ()) -> Cluster:
+def load_cluster(path: Path) -> Cluster:
     """Read a cluster file (and its `base:` chain). Raises ConfigError with every error, each with the nearest key."""
-    tree, problems = read_tree(path, overrides)
+    tree, problems = read_tree(path, ())
     try:
         cluster = Cluster.model_validate(tree)
         problems += _conflicts(cluster, path.parent)

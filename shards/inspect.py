@@ -45,14 +45,14 @@ def summary(catalog: Catalog) -> list[dict[str, Any]]:
     return rows
 
 
-def contact_sheet(catalog: Catalog, path: Path | str, columns: int = 8, rows_per_source: int = 2) -> Path:
-    """Write a PNG with a title and `rows_per_source` rows of chips for every source; returns its path."""
+def contact_sheet(catalog: Catalog, path: Path | str, columns: int = 8) -> Path:
+    """Write a PNG with a title and two rows of chips for every source; returns its path."""
     reader, bands, first = Reader(catalog), [], 0
     for source in catalog.sources:
         scale = f"scale {source.amplitude.scale:g}"
         rule = f"{scale}, {source.amplitude.decibels:g} dB" if source.amplitude.decibels else scale
         title = f"{source.name} ({source.split}): {source.samples} x {source.dtype}, {rule}"
-        bands.append(source_sheet(reader, source, first, columns, rows_per_source, title))
+        bands.append(source_sheet(reader, source, first, columns, title))
         first += source.samples
     sheet = Image.new("L", (bands[0].width, sum(band.height for band in bands)), 24)
     top = 0
@@ -65,15 +65,13 @@ def contact_sheet(catalog: Catalog, path: Path | str, columns: int = 8, rows_per
     return path
 
 
-def source_sheet(
-    reader: Reader, source: Source, first: int, columns: int = 8, rows: int = 2, title: str = ""
-) -> Image.Image:
-    """Chips of one source, whose sample ids begin at `first`, each above its class and size.
+def source_sheet(reader: Reader, source: Source, first: int, columns: int = 8, title: str = "") -> Image.Image:
+    """Two rows of chips of one source, whose sample ids begin at `first`, each above its class and size.
 
     Chips are chosen by a fixed shuffle. Those of a row stand on one line, so that a label is right below its chip.
     A damaged one has its place, without a picture.
     """
-    order = permutation(0, "contact sheet", torch.zeros(1, dtype=torch.int64), source.samples)[0, : rows * columns]
+    order = permutation(0, "contact sheet", torch.zeros(1, dtype=torch.int64), source.samples)[0, : 2 * columns]
     samples = [readable(reader, first + number) for number in order.tolist()]
     pictures = [thumbnail(sample, _CELL) for sample in samples]
     lines = range(0, len(pictures), columns)

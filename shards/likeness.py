@@ -83,12 +83,12 @@ class Index:
     T and the chips compared at a time.
     """
 
-    def __init__(self, tested: np.ndarray, threshold: float = THRESHOLD, tables: int = TABLES) -> None:
+    def __init__(self, tested: np.ndarray, threshold: float = THRESHOLD) -> None:
         packed = np.ascontiguousarray(tested).reshape(-1, BYTES)
         self.threshold = threshold
         self._present = np.flatnonzero(packed.any(1))
         self._codes = _unpack(packed[self._present])
-        self._places = _places(tables)
+        self._places = _places(TABLES)
         self._bits = max(16, int(2 * len(self._codes)).bit_length() + 8)
         negative = _signs(self._codes)
         self._tables = []

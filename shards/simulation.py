@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 import tracemalloc
-from collections.abc import Sequence
 
 import numpy as np
 
 from shards.order import Mixture
+
+BATCHES, BLOCK_SHARDS = (64, 1024), 8
 
 
 def simulate(
@@ -16,8 +17,6 @@ def simulate(
     samples_per_shard: int = 7_812,
     sources: int = 4,
     lanes: int = 960,
-    block_shards: int = 8,
-    batches: Sequence[int] = (64, 1024),
     repeats: int = 100,
 ) -> dict[str, float]:
     """Cost of looking up samples in `sources` equal sources; the default is 1e9 samples in shards of 512 MB.
@@ -30,22 +29,22 @@ def simulate(
     far = np.random.default_rng(0).integers(0, 100 * samples, 10)
 
     tracemalloc.start()
-    order = Mixture(parts, None, 0, lanes, block_shards)
+    order = Mixture(parts, None, 0, lanes, BLOCK_SHARDS)
     for start in [0, *far.tolist()]:
-        order.sample_ids(np.arange(start, start + max(batches)))
+        order.sample_ids(np.arange(start, start + max(BATCHES)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
 
     found = {"samples": float(samples), "peak_mib": peak / 2**20}
     begin = time.perf_counter()
-    order = Mixture(parts, None, 0, lanes, block_shards)
+    order = Mixture(parts, None, 0, lanes, BLOCK_SHARDS)
     found["build_s"] = time.perf_counter() - begin
     begin = time.perf_counter()
     for start in far.tolist():
-        order.sample_ids(np.arange(start, start + batches[0]))
+        order.sample_ids(np.arange(start, start + BATCHES[0]))
     found["seek_ms"] = (time.perf_counter() - begin) / len(far) * 1e3
-    order.sample_ids(np.arange(batches[0]))  # walking starts warm: an epoch is computed once in samples/batch batches
-    for batch in batches:
+    order.sample_ids(np.arange(BATCHES[0]))  # walking starts warm: an epoch is computed once in samples/batch batches
+    for batch in BATCHES:
         begin = time.perf_counter()
         for number in range(repeats):
             order.sample_ids(np.arange(number * batch, (number + 1) * batch))

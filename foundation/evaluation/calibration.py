@@ -31,16 +31,16 @@ def wilson(right: float, total: float) -> tuple[float, float]:
     return min(share, max(0.0, (centre - half) / (1 + z2))), max(share, min(1.0, (centre + half) / (1 + z2)))
 
 
-def reliability(p: Predictions, bins: int = 10) -> list[Bin]:
-    """Bins of equal width in confidence (the probability of the answer) that hold any answer, all seeds together.
+def reliability(p: Predictions) -> list[Bin]:
+    """Ten bins of equal width in confidence (the probability of the answer) that hold any answer, all seeds together.
 
     Answers to one image under several seeds are not independent: intervals count each image once.
     """
     confidence, answer = p.probabilities.double().max(-1)
     right = (answer == p.y).double()
-    which = (confidence * bins).long().clamp_(0, bins - 1)
+    which = (confidence * 10).long().clamp_(0, 9)
     found = []
-    for number in range(bins):
+    for number in range(10):
         inside = which == number
         if total := int(inside.sum()):
             accuracy, once = right[inside].mean().item(), total / len(p.seeds)

@@ -30,18 +30,18 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum((-2, -1)) / scale.clamp_min(1e-12)
 
 
-def background_features(images: Iterable[Tensor], corner: float = CORNER) -> Tensor:
+def background_features(images: Iterable[Tensor]) -> Tensor:
     """Ten texture numbers (`NUMBERS`) of each image's background: amplitudes [C, H, W] in [0, 1] → fp32 [N, 10].
 
-    Only the four corners are looked at, squares of `corner` times the shorter side (at least 4 pixels), so a target in
+    Only the four corners are looked at, squares of CORNER times the shorter side (at least 4 pixels), so a target in
     the middle is not seen; the numbers are averaged over corners and channels.
     """
-    return torch.stack([_texture(image, corner) for image in images])
+    return torch.stack([_texture(image) for image in images])
 
 
-def _texture(image: Tensor, corner: float) -> Tensor:
+def _texture(image: Tensor) -> Tensor:
     image = image.double()
-    side = min(max(4, round(corner * min(image.shape[-2:]))), *image.shape[-2:])
+    side = min(max(4, round(CORNER * min(image.shape[-2:]))), *image.shape[-2:])
     top, bottom = image[..., :side, :], image[..., -side:, :]
     part = torch.stack([half[..., cut] for half in (top, bottom) for cut in (slice(None, side), slice(-side, None))])
     log = (part + 1 / 255).log()

@@ -148,18 +148,18 @@ def check_same(first: Predictions, second: Predictions, mine: Tensor, theirs: Te
         raise DataError(what, where=where, do="evaluate both with the same --seeds")
 
 
-def compare_runs(first: Path, second: Path, protocols: Sequence[str] = (), encoder: str = "pretrained") -> list[Paired]:
+def compare_runs(first: Path, second: Path, protocols: Sequence[str] = ()) -> list[Paired]:
     """The paired tests of the answers of two runs, for all protocols that both have or for those named.
 
     Two checkpoints that were scored into one run are compared by naming it twice. Raises DataError when nothing is
     comparable, or when the test images of a protocol differ.
     """
-    mine, theirs = ([p for p in read(run) if p.encoder == encoder] for run in (first, second))
+    mine, theirs = ([p for p in read(run) if p.encoder == "pretrained"] for run in (first, second))
     both = sorted({p.protocol for p in mine} & {p.protocol for p in theirs})
     if missing := [name for name in protocols or both[:1] or ("any protocol",) if name not in both]:
         has = (", ".join(sorted({p.protocol for p in found})) or "none" for found in (mine, theirs))
         raise DataError(
-            f"the runs do not both have answers of «{encoder}» to {', '.join(missing)}",
+            f"the runs do not both have answers of «pretrained» to {', '.join(missing)}",
             where="; ".join(f"{run} has {found}" for run, found in zip((first, second), has, strict=True)),
             do="foundation evaluate RUN --data CATALOG keeps them; name the protocols as in its table",
         )

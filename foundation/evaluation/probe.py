@@ -14,13 +14,13 @@ from shards.errors import DataError
 STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 
 
-def held_out(y: Tensor, seed: int = 0, share: float = 0.2) -> Tensor:
-    """A part of the training samples for choosing the regularisation, the same share of each class: bool [N]."""
+def held_out(y: Tensor, seed: int = 0) -> Tensor:
+    """A part of the training samples for choosing the regularisation, a fifth of each class: bool [N]."""
     out = torch.zeros(len(y), dtype=torch.bool)
     for label in torch.unique(y).tolist():
         members = (y == label).nonzero()[:, 0]
         order = permutation(seed, f"evaluation/held-out/{label}", torch.tensor([0]), len(members))[0]
-        count = min(len(members) - 1, max(1, round(share * len(members))))
+        count = min(len(members) - 1, max(1, round(0.2 * len(members))))
         out[members[order[:count]]] = True
     return out
 

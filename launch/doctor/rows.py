@@ -103,7 +103,6 @@ def least(
     limit: float,
     show: Callable[[float], str],
     do: str,
-    wrong: Status = Status.warning,
 ) -> Iterator[Row]:
     """Numbers that should reach a limit: a row with the range of those that do, one with the places of the others."""
     good = [(place, value) for place, value in zip(places, values, strict=True) if value >= limit]
@@ -113,7 +112,7 @@ def least(
         yield Row(check, Status.ok, span([value for _, value in good], show) + on)
     if bad:
         found = f"only {span([value for _, value in bad], show)} on {where((place for place, _ in bad), places)}"
-        yield Row(check, wrong, found, do)
+        yield Row(check, Status.warning, found, do)
 
 
 def span(values: Sequence[float], show: Callable[[float], str]) -> str:

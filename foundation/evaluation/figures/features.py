@@ -28,11 +28,11 @@ def pca_figure(images: Tensor, colours: Mapping[str, tuple[Tensor, float]], path
     return save(figure, path)
 
 
-def class_styles(names: Sequence[str], most: int = len(COLOURS) * len(MARKERS)) -> list[tuple[str, str]]:
+def class_styles(names: Sequence[str]) -> list[tuple[str, str]]:
     """A colour and a marker for each class, no two alike for up to 56 of them; those beyond are grey points."""
     colour, marker = len(COLOURS), len(MARKERS)
     pairs = [(COLOURS[i % colour], MARKERS[(i + i // colour) % marker]) for i in range(len(names))]
-    return [pair if i < most else (OTHERS, ".") for i, pair in enumerate(pairs)]
+    return [pair if i < colour * marker else (OTHERS, ".") for i, pair in enumerate(pairs)]
 
 
 def embedding_figure(
