@@ -195,7 +195,7 @@ def refuse_others(found: Mapping[str, Given], config: Config, where: str) -> Non
         do = f"set {' '.join(differing)}"
         if size is None:
             do = "choose other weights: no size of the family has this width and so many blocks"
-        for kind in {"relative", "learned"} - {*build(config).positions}:
+        for kind in {"relative", "learned"} - {*build(config).encodings}:
             if f"model.positions={kind}" in differing:
                 do = f"choose other weights: {kind} positions do not go with objective.name={config.objective.name}"
         what = f"these are weights of another model: {'; '.join(differing.values())}"

@@ -66,7 +66,7 @@ class SarViT(ViT):
         pool = self.global_pool if global_pool is None else global_pool
         if pool not in POOLS:
             raise ValueError(f"global_pool {pool!r} is not possible; allowed: {', '.join(map(repr, POOLS))}")
-        if pool == "token" and not self.classes:
+        if pool == "token" and not self.class_tokens:
             raise ValueError("global_pool 'token' needs a class token, which this encoder does not have: use 'avg'")
         self.num_classes, self.global_pool = num_classes, pool
         like = self.patch_embed.proj.weight

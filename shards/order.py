@@ -146,11 +146,11 @@ class Order:
         return self._ids(found)
 
     def shards_at(self, positions: np.ndarray | Tensor) -> list[int]:
-        """The shards, none of them empty, of the blocks that these positions read."""
+        """Ids of the shards, none of them empty, of the blocks that these positions read."""
         return self._shards(self.locate(np.asarray(positions, np.int64)))
 
     def shards_ahead(self, positions: np.ndarray | Tensor) -> list[int]:
-        """The shards, none of them empty, of the block that each of these positions' lanes enters next."""
+        """Ids of the shards, none of them empty, of the block that each of these positions' lanes enters next."""
         p = np.asarray(positions, np.int64)
         found = self.locate(p)
         if not self._dealt:
@@ -205,7 +205,7 @@ def _turns(samples: Mapping[str, int], weights: Mapping[str, float] | None) -> n
 class Mixture:
     """The order of a run: several sources in fixed proportions, endless. Picklable.
 
-    `parts`: (name, samples per shard) of every source; sample ids and shard numbers count through them in this order.
+    `sources`: (name, samples per shard) of each; sample ids and shard ids count through them in this order.
     `weights`: share of the positions by name of source, 0 leaves it out; None: in proportion to the samples.
 
     Every lane repeats one pattern of 65,536 turns, in which turn i belongs to the source whose interval of [0, 1)
@@ -217,15 +217,15 @@ class Mixture:
 
     def __init__(
         self,
-        parts: Sequence[tuple[str, Sequence[int] | np.ndarray]],
+        sources: Sequence[tuple[str, Sequence[int] | np.ndarray]],
         weights: Mapping[str, float] | None,
         seed: int,
         lanes: int,
         block_shards: int,
     ) -> None:
         self.seed, self.lanes = seed, lanes
-        sizes = {name: np.asarray(shards, np.int64) for name, shards in parts}
-        if len(sizes) < len(parts):
+        sizes = {name: np.asarray(shards, np.int64) for name, shards in sources}
+        if len(sizes) < len(sources):
             raise DataError("two sources have the same name", do="pack one of them under another name")
         turns = _turns({name: int(each.sum()) for name, each in sizes.items()}, weights)
         ids, shards = 0, 0
@@ -291,7 +291,7 @@ class Mixture:
         return self._orders[source].neighbours(int(own), count) + self._first_id[source]
 
     def shards_at(self, positions: np.ndarray | Tensor) -> list[int]:
-        """The shards, none of them empty, of the blocks that these positions read."""
+        """Ids of the shards, none of them empty, of the blocks that these positions read."""
         source, own = self._route(positions)
         groups = _groups(source)
         return [self._first_shard[s] + n for s, here in groups for n in self._orders[s].shards_at(own[here])]

@@ -76,7 +76,7 @@ class Reader:
     def __init__(self, catalog: Catalog) -> None:
         catalog.check()
         self.catalog = catalog
-        self._parts = [(source, i) for source in catalog.sources for i in range(len(source.shards))]
+        self._shards = [(source, i) for source in catalog.sources for i in range(len(source.shards))]
         self._starts = list(accumulate((n for source in catalog.sources for n in source.kept), initial=0))
         numbers = {name: i for i, name in enumerate(catalog.classes)}
         # One row per source: label inside the source → label in the catalog; the last entry answers for -1.
@@ -84,9 +84,9 @@ class Reader:
         self._open: OrderedDict[int, _Open] = OrderedDict()
         self._compared: dict[int, tuple[int, ...]] = {}  # which file was the packed index when it was compared
         self._stores: dict[str, Store] = {}
-        self._locks: dict[int, AbstractContextManager[Any]] = {}  # of a part, while a thread opens or renews it
-        self._keep_open, self._shards, self._expected = KEEP_OPEN, 0, tuple[Source, ...]()
-        self._asked: set[int] = set()  # parts that were named to `prefetch` since the last sweep
+        self._locks: dict[int, AbstractContextManager[Any]] = {}  # of a shard, while a thread opens or renews it
+        self._keep_open, self._at_once, self._expected = KEEP_OPEN, 0, tuple[Source, ...]()
+        self._asked: set[int] = set()  # shards that were named to `prefetch` since the last sweep
         self._swept = time.monotonic()
 
     def expect(self, sources: Collection[str], shards: int) -> None:
@@ -94,7 +94,7 @@ class Reader:
 
         Raises this process's soft limit of open files when that takes it.
         """
-        self._shards, self._expected = shards, tuple(s for s in self.catalog.sources if s.name in sources)
+        self._at_once, self._expected = shards, tuple(s for s in self.catalog.sources if s.name in sources)
         wanted = sum(min(shards, len(source.shards)) for source in self._expected) * 5 // 4
         fit = (_descriptors(2 * wanted + _OTHER_FILES) - _OTHER_FILES) // 2
         self._keep_open = max(KEEP_OPEN, min(wanted, fit))
@@ -105,7 +105,7 @@ class Reader:
         Compares with the largest shards that `expect` can mean, and as many that are fetched ahead of them.
         """
         remote = [source for source in self._expected if self.catalog.store(source).remote]
-        count = readers * self._shards
+        count = readers * self._at_once
         sizes = [sorted((shard.bytes for shard in source.shards), reverse=True) for source in remote]
         now, ahead = (sum(sum(each[: count * blocks]) for each in sizes) for blocks in (1, 2))
         limit = self.catalog.cache.limit_bytes if self.catalog.cache else ahead
@@ -144,19 +144,22 @@ class Reader:
 
     def meta(self, sample_id: int) -> bytes:
         """The JSON member of a sample, as it stands in the shard."""
-        part, number = self._locate(sample_id)
-        opened = self._shard(part)
+        shard_id, number = self._locate(sample_id)
+        opened = self._shard(shard_id)
         row = self._row_of(opened, number)
         return bytes(_read(opened, int(row["meta_offset"]), int(row["meta_bytes"])))
 
-    def prefetch(self, parts: Iterable[int]) -> None:
-        """Begin to copy these shards here, in this order, unless they are open or local. Meant to be called often."""
-        parts = list(parts)
-        self._asked.update(parts)
+    def prefetch(self, shard_ids: Iterable[int]) -> None:
+        """Begin to copy the shards of these ids here, in this order, unless they are open or local.
+
+        Ids are those of `shards.order`. Meant to be called often.
+        """
+        shard_ids = list(shard_ids)
+        self._asked.update(shard_ids)
         wanted: dict[str, list[Entry]] = {}
-        for part in parts:
-            if part not in self._open and self._store(part).remote:
-                wanted.setdefault(self._parts[part][0].root, []).extend(self._files(part))
+        for shard_id in shard_ids:
+            if shard_id not in self._open and self._store(shard_id).remote:
+                wanted.setdefault(self._shards[shard_id][0].root, []).extend(self._files(shard_id))
         for root, entries in wanted.items():
             self._stores[root].prefetch(entries)
         if time.monotonic() > self._swept + _SWEEP:
@@ -164,69 +167,69 @@ class Reader:
 
     def _sweep(self) -> None:
         """Tell the cache what is in use, and close what it has deleted and is not: that still occupies the disk."""
-        for part, opened in list(self._open.items()):
-            if not self._store(part).remote:
+        for shard_id, opened in list(self._open.items()):
+            if not self._store(shard_id).remote:
                 continue
-            if part in self._asked:
+            if shard_id in self._asked:
                 for descriptor in (opened.data.fileno(), opened.index.fileno()):
                     with suppress(OSError):  # another user's
                         os.utime(descriptor)
             elif not os.fstat(opened.data.fileno()).st_nlink:
-                self._open.pop(part, None)
+                self._open.pop(shard_id, None)
         self._asked, self._swept = set(), time.monotonic()
 
-    def _store(self, part: int) -> Store:
-        source = self._parts[part][0]
+    def _store(self, shard_id: int) -> Store:
+        source = self._shards[shard_id][0]
         if source.root not in self._stores:  # one for all its sources: it holds the thread that prefetches
             self._stores.setdefault(source.root, self.catalog.store(source))
         return self._stores[source.root]
 
-    def _files(self, part: int) -> tuple[Entry, Entry]:
+    def _files(self, shard_id: int) -> tuple[Entry, Entry]:
         """A shard and its index."""
-        source, number = self._parts[part]
+        source, number = self._shards[shard_id]
         shard = source.shards[number]
         index = Entry(_index_name(shard.name), shard.index_bytes, shard.index_sha256)
         return Entry(shard.name, shard.bytes, shard.sha256), index
 
     def _locate(self, sample_id: int) -> tuple[int, int]:
-        """The part of a sample, and its number among those that a filter kept there."""
+        """The id of a sample's shard, and its number among those that a filter kept there."""
         if not 0 <= sample_id < len(self):
             raise IndexError(f"sample {sample_id} of {len(self)}")
-        part = bisect_right(self._starts, sample_id) - 1
-        return part, sample_id - self._starts[part]
+        shard_id = bisect_right(self._starts, sample_id) - 1
+        return shard_id, sample_id - self._starts[shard_id]
 
     @staticmethod
     def _row_of(opened: _Open, number: int) -> np.void:
         return opened.index.row(number if opened.rows is None else int(opened.rows[number]))
 
     def _load(self, sample_id: int) -> tuple[_Open, np.void, np.ndarray]:
-        part, number = self._locate(sample_id)
-        opened = self._shard(part)
+        shard_id, number = self._locate(sample_id)
+        opened = self._shard(shard_id)
         try:
             row = self._row_of(opened, number)
             return opened, row, self._pixels(opened, row)
         except DataError:
-            with self._lock(part):
+            with self._lock(shard_id):
                 seen = os.fstat(opened.data.fileno()), os.fstat(opened.index.fileno())
                 # Unless another thread has renewed it in the meantime.
-                if (self._open.get(part) or opened) is opened and not self._renew(part, *seen):
+                if (self._open.get(shard_id) or opened) is opened and not self._renew(shard_id, *seen):
                     raise
-                opened = self._shard(part)
+                opened = self._shard(shard_id)
         row = self._row_of(opened, number)
         return opened, row, self._pixels(opened, row)
 
-    def _lock(self, part: int) -> AbstractContextManager[Any]:
-        return self._locks.setdefault(part, RLock())
+    def _lock(self, shard_id: int) -> AbstractContextManager[Any]:
+        return self._locks.setdefault(shard_id, RLock())
 
-    def _renew(self, part: int, *seen: os.stat_result) -> bool:
+    def _renew(self, shard_id: int, *seen: os.stat_result) -> bool:
         """Whether a shard that was found damaged is worth another try: its files, as `seen`, then left the cache."""
-        store, files = self._store(part), self._files(part)
+        store, files = self._store(shard_id), self._files(shard_id)
         if not store.remote or (store.root, files[0]) in _renewed:
             return False
         _renewed.add((store.root, files[0]))
         log.warning("damaged in the cache, fetched again: %s", store.where(files[0].name))
-        self._open.pop(part, None)
-        self._compared.pop(part, None)
+        self._open.pop(shard_id, None)
+        self._compared.pop(shard_id, None)
         for file, stat in zip(files, seen, strict=True):
             store.drop(*file, stat)
         return True
@@ -245,18 +248,18 @@ class Reader:
             what = f"sample {row['key'].decode()} cannot be unpacked: {error.what}"
             raise CorruptSample(what, where=opened.where, do=error.do) from error
 
-    def _shard(self, part: int) -> _Open:
-        if opened := self._open.get(part):
+    def _shard(self, shard_id: int) -> _Open:
+        if opened := self._open.get(shard_id):
             with suppress(KeyError):  # another thread has just closed it
-                self._open.move_to_end(part)
+                self._open.move_to_end(shard_id)
             return opened
-        with self._lock(part):
-            return self._open.get(part) or self._opened(part)
+        with self._lock(shard_id):
+            return self._open.get(shard_id) or self._opened(shard_id)
 
-    def _opened(self, part: int) -> _Open:
-        source, number = self._parts[part]
-        shard, store = source.shards[number], self._store(part)
-        tar, entry = self._files(part)
+    def _opened(self, shard_id: int) -> _Open:
+        source, number = self._shards[shard_id]
+        shard, store = source.shards[number], self._store(shard_id)
+        tar, entry = self._files(shard_id)
         # Of a URL both are held open as they come: the cache need not have room for the two at the same time.
         file = store.open(*entry) if store.remote else None
         path = Path(str(file.name)) if file else store.fetch(*entry)
@@ -271,18 +274,18 @@ class Reader:
             index = indexes.IndexFile(path, file)
             # The cache checks what arrives and notes uses in the time of change.
             identity = index.identity[:3] if store.remote else index.identity
-            if self._compared.get(part) != identity:
+            if self._compared.get(shard_id) != identity:
                 indexes.compare(index, data.fileno(), shard, len(source.classes))
-                self._compared[part] = identity
+                self._compared[shard_id] = identity
         except DataError as error:
             if not store.remote:
                 raise
-            if self._renew(part, *seen):
-                return self._opened(part)
+            if self._renew(shard_id, *seen):
+                return self._opened(shard_id)
             do = "load the catalog again; if that does not help, pack the source again"
             raise DataError(error.what, where=store.where(entry.name), do=do) from error
         rows = None if source.rows is None else source.rows[number]
-        opened = self._open[part] = _Open(source, shard, rows, data, index, store.where(tar.name))
+        opened = self._open[shard_id] = _Open(source, shard, rows, data, index, store.where(tar.name))
         if len(self._open) > self._keep_open:
             self._open.popitem(last=False)  # the last reference: both files close
         return opened

@@ -48,6 +48,6 @@ def rollout_maps(encoder: ViT, images: Tensor) -> Tensor:
     encoder.eval()
     try:
         rolled = rollout(encoder.attention_maps(images))
-        return patch_share(rolled, encoder.grid(images), encoder.prefix, bool(encoder.classes)).cpu()
+        return patch_share(rolled, encoder.grid(images), encoder.prefix, bool(encoder.class_tokens)).cpu()
     finally:
         encoder.train(was_training)

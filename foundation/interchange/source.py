@@ -20,8 +20,6 @@ from foundation.models.vit import ViT
 from foundation.training import checkpoint
 from shards.addressed import uniform
 
-POOLS = ("token", "avg")
-
 
 @dataclass(frozen=True)
 class Source:
@@ -75,7 +73,7 @@ def open_source(run: Path, averaged: bool = False, best: bool = False, pool: str
     folder: Path | str = checkpoint.best(run) if best else run
     encoder, config = load_encoder(folder, averaged=averaged)
     with_backend(encoder, "auto")
-    if pool == "token" and not encoder.classes:
+    if pool == "token" and not encoder.class_tokens:
         raise CheckpointError(
             "this encoder has no class token, so it cannot be pooled by one",
             where=str(run),
@@ -88,7 +86,7 @@ def open_source(run: Path, averaged: bool = False, best: bool = False, pool: str
         config,
         checkpoint.load(folder, None),
         averaged,
-        pool or ("token" if encoder.classes else "avg"),
+        pool or ("token" if encoder.class_tokens else "avg"),
         tuple(from_rows(read_json(scores))) if scores.exists() else (),
         read_json(leakage) if leakage.exists() else None,
     )

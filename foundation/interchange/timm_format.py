@@ -45,9 +45,9 @@ def architecture(source: Source) -> tuple[str, dict[str, Any]]:
     arguments: dict[str, Any] = {"in_chans": encoder.channels, "global_pool": source.pool}
     if not encoder.relative:
         arguments["positions"] = "sincos"
-    if not encoder.classes:
+    if not encoder.class_tokens:
         arguments["class_token"] = False
-    if registers := encoder.prefix - encoder.classes:
+    if registers := encoder.prefix - encoder.class_tokens:
         arguments["registers"] = registers
     return name(model.size, model.patch), arguments
 
@@ -121,8 +121,8 @@ def stock_state(source: Source) -> tuple[str, dict[str, Any], dict[str, Tensor]]
     state["pos_embed"] = F.pad(table, (0, 0, encoder.prefix, 0))
     arguments: dict[str, Any] = {"in_chans": encoder.channels, "img_size": source.image_size}
     arguments |= {"num_classes": 0, "global_pool": source.pool, "fc_norm": False}
-    arguments |= {} if encoder.classes else {"class_token": False}
-    arguments |= {"reg_tokens": registers} if (registers := encoder.prefix - encoder.classes) else {}
+    arguments |= {} if encoder.class_tokens else {"class_token": False}
+    arguments |= {"reg_tokens": registers} if (registers := encoder.prefix - encoder.class_tokens) else {}
     return fitting(chosen, arguments, state, do)
 
 

@@ -77,9 +77,9 @@ class MaskedWindowModel(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.dim))
-        self.decoder: Decoder | LinearHead = LinearHead(encoder.dim, out, encoder.classes)
+        self.decoder: Decoder | LinearHead = LinearHead(encoder.dim, out, encoder.class_tokens)
         if depth:
-            same = attention, encoder.relative, encoder.classes
+            same = attention, encoder.relative, encoder.class_tokens
             self.decoder = Decoder(encoder.dim, width, depth, heads, out, *same)
 
     def forward(self, images: Tensor, patch_ids: Tensor, masked: Tensor, predict_all: bool = False) -> Tensor:
@@ -127,7 +127,7 @@ class MaskedImageModel(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder = Decoder(encoder.dim, width, depth, heads, out, attention, False, encoder.classes)
+        self.decoder = Decoder(encoder.dim, width, depth, heads, out, attention, False, encoder.class_tokens)
 
     def forward(self, images: Tensor, patch_ids: Tensor, masked: Tensor, predict_all: bool = False) -> Tensor:
         """Predictions of the masked patches in the order of `masked`, or of all N with `predict_all`."""
@@ -138,7 +138,7 @@ class MaskedImageModel(nn.Module):
         tokens = self.encoder.embed(images)
         tokens = tokens.gather(1, visible.expand(-1, -1, tokens.shape[-1]))
         encoded = self.encoder.without_registers(self.encoder.encode(tokens, (1, tokens.shape[1])))
-        seen, classes = self.decoder.embed(encoded), self.encoder.classes
+        seen, classes = self.decoder.embed(encoded), self.encoder.class_tokens
         width, grid = seen.shape[-1], self.encoder.grid(images)
         patches = self.mask_token.to(seen.dtype).expand(batch, n, -1)
         patches = patches.scatter(1, visible.expand(-1, -1, width), seen[:, classes:])

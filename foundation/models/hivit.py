@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foundation.models.position import sincos
 from foundation.models.vit import Block
 
 UNITS = 4
@@ -85,10 +84,11 @@ class HiViT(nn.Module):
     fp32 [B, C, H, W] in [0, 1] with sides divisible by `patch`.
     """
 
-    def __init__(self, shape: Shape, attention: str = "auto") -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.shape, self.dim, self.depth, self.heads = shape, shape.dim, shape.depth, shape.heads
-        self.patch, self.channels, self.classes, self.prefix, self.relative = shape.patch, shape.channels, 0, 0, False
+        self.patch, self.channels = shape.patch, shape.channels
+        self.class_tokens, self.prefix, self.relative = 0, 0, False
         width = shape.dim // UNITS
         self.patch_embed = UnitEmbed(shape.patch, shape.channels, width)
         self.stem = nn.ModuleList()
@@ -98,15 +98,9 @@ class HiViT(nn.Module):
             width *= 2
         self.table = nn.Parameter(torch.zeros(1, shape.side**2, shape.dim))
         self.blocks = nn.ModuleList(
-            Block(shape.dim, shape.heads, attention, relative=False, prefix=0) for _ in range(shape.depth)
+            Block(shape.dim, shape.heads, "auto", relative=False, prefix=0) for _ in range(shape.depth)
         )
         self.norm = nn.LayerNorm(shape.dim, eps=1e-6)
-
-    @torch.no_grad()
-    def reset_positions(self) -> None:
-        """The table that training begins with: fixed sines and cosines."""
-        side = self.shape.side
-        self.table.copy_(sincos((side, side), self.dim, self.table.device, self.table.dtype))
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """Patches per column and row. Raises ValueError when a side is not divisible by the patch."""

@@ -98,7 +98,7 @@ class ViT(nn.Module):
         self.dim, self.depth, self.heads, self.patch, self.channels = dim, depth, heads, patch, channels
         self.relative = positions == "relative"
         self.patch_embed = PatchEmbed(patch, channels, dim)
-        self.classes, self.prefix = int(class_token), int(class_token) + registers
+        self.class_tokens, self.prefix = int(class_token), int(class_token) + registers
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if class_token else None
         self.register_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
         self.pos_embed = LearnedPositions(grid, dim) if positions == "learned" else None
@@ -140,13 +140,13 @@ class ViT(nn.Module):
 
     def without_registers(self, tokens: Tensor) -> Tensor:
         """Encoder tokens [B, prefix + n, dim] → [B, classes + n, dim], what decoders take: `classes` is 1 or 0."""
-        if self.prefix == self.classes:
+        if self.prefix == self.class_tokens:
             return tokens
-        return torch.cat([tokens[:, : self.classes], tokens[:, self.prefix :]], dim=1)
+        return torch.cat([tokens[:, : self.class_tokens], tokens[:, self.prefix :]], dim=1)
 
     def pooled(self, tokens: Tensor) -> Tensor:
         """One vector per image: the class token of [B, prefix + n, dim], or without one the mean of the patches."""
-        return tokens[:, 0] if self.classes else tokens[:, self.prefix :].mean(1)
+        return tokens[:, 0] if self.class_tokens else tokens[:, self.prefix :].mean(1)
 
     def forward(self, images: Tensor) -> Tensor:
         """`pooled` features of full images: [B, C, H, W] → [B, dim]."""

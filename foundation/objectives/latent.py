@@ -34,7 +34,7 @@ class JointEmbeddingPrediction:
     blocks are drawn once per global batch and uniformly among all that lie in the ranges, places for each sample.
     """
 
-    positions, class_token = ("sincos",), False
+    encodings, class_token = ("sincos",), False
     evaluated = JointEmbedding.judged
     names = ("latent",)
 
@@ -75,7 +75,7 @@ class JointEmbeddingPrediction:
     def conflicts(self) -> Iterator[Problem]:
         """What keys of the configuration cannot be together under this objective."""
         c, o = self.config, self.config.objective
-        yield from position_conflicts(c, self.positions)
+        yield from position_conflicts(c, self.encodings)
         yield from decoder_conflicts(c, "predictor")
         if c.train.compile:  # a new length is compiled again, up to a limit; beyond it nothing is
             text = "false: blocks change their length with every batch"

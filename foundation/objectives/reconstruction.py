@@ -63,7 +63,7 @@ class MaskedReconstruction:
     the same maps.
     """
 
-    positions: tuple[str, ...] = ("relative",)
+    encodings: tuple[str, ...] = ("relative",)
     evaluated, class_token = "encoder", True
 
     def __init__(self, config: Config, target: FixedTarget) -> None:
@@ -81,7 +81,7 @@ class MaskedReconstruction:
 
     def conflicts(self) -> Iterator[Problem]:
         """What keys of the configuration cannot be together under this objective."""
-        yield from position_conflicts(self.config, self.positions)
+        yield from position_conflicts(self.config, self.encodings)
         yield from self.fixed.conflicts(self.config)
         yield from self.mask_conflicts()
 
@@ -160,7 +160,7 @@ class UnmaskedReconstruction(MaskedReconstruction):
     The mask token stays in the model, unused, so that tensors are those of the other objectives.
     """
 
-    positions = ("relative", "sincos", "learned")
+    encodings = ("relative", "sincos", "learned")
 
     def tokens(self) -> Tokens:
         """One window that is the image, all of it predicted."""
@@ -179,7 +179,7 @@ class UnmaskedReconstruction(MaskedReconstruction):
 class VisibleReconstruction(MaskedReconstruction):
     """Predict the target of random patches of which the encoder sees nothing: MAE (arXiv 2111.06377)."""
 
-    positions = ("sincos", "learned")
+    encodings = ("sincos", "learned")
 
     @property
     def visible(self) -> int:

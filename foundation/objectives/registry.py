@@ -54,7 +54,7 @@ class Objective(Protocol):
         """The part of the model that is judged and exported: `encoder`, or `teacher`."""
 
     @property
-    def positions(self) -> tuple[str, ...]:
+    def encodings(self) -> tuple[str, ...]:
         """The values of model.positions that it can build on."""
 
     @property

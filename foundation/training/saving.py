@@ -37,14 +37,14 @@ class Saver:
         keep: int,
         keep_every: int | None,
         background: bool,
-        note: Path | None = None,
+        newest: Path | None = None,
         event: Callable[..., None] | None = None,
     ) -> None:
-        """`note`: file for the position of the newest checkpoint, for those who watch a run and see no bucket.
+        """`newest`: file for the position of the newest checkpoint, for those who watch a run and see no bucket.
 
         `event`: `Tracker.event`, told of every checkpoint that is there, by the thread that wrote it.
         """
-        self.location, self.ranks, self.background, self.note = location, ranks, background, note
+        self.location, self.ranks, self.background, self.newest = location, ranks, background, newest
         self.event = event
         self.keep, self.keep_every = keep, keep_every
         self._thread: Thread | None = None
@@ -74,15 +74,15 @@ class Saver:
             self.wait()
 
     def _tell(self, position: int, final: Location, seconds: float, score: Score | None) -> None:
-        """Note and event are for others: without them the checkpoint counts all the same."""
+        """The file and the event are for others: without them the checkpoint counts all the same."""
         if self.event and self.ranks.rank == 0:
             facts: dict[str, Any] = {"seconds": round(seconds, 3)} | ({"score": score.value} if score else {})
             with suppress(*Failure):
                 facts["bytes"] = sum(file["bytes"] for file in manifest(place(final))["files"].values())
             self.event("checkpoint", position, **facts)
-        if self.note and self.ranks.rank == 0:
+        if self.newest and self.ranks.rank == 0:
             try:
-                write_whole(self.note, f"{position}\n")
+                write_whole(self.newest, f"{position}\n")
             except StorageError as error:
                 log.warning("%s", error)
 

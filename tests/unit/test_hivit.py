@@ -163,10 +163,9 @@ def test_an_import_overwrites_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [(224, 224), (64, 96), (16, 16)])
 def test_images_of_any_size_run_and_can_be_tuned(size: tuple[int, int]) -> None:
     encoder = HiViT(NANO)
-    encoder.reset_positions()
     tokens = encoder.forward_features(torch.rand(2, 1, *size))
     assert tokens.shape == (2, size[0] // 16 * (size[1] // 16), 64)
-    assert (encoder.classes, encoder.prefix) == (0, 0)
+    assert (encoder.class_tokens, encoder.prefix) == (0, 0)
     encoder.pooled(tokens).square().sum().backward()
     assert all(p.grad is not None for p in encoder.parameters())
 
