@@ -12,10 +12,9 @@ from foundation.config import Config
 from foundation.errors import ConfigError, DataError
 from foundation.files import read_json
 from foundation.inspecting.lines import read_lines, sound
-from foundation.training.data import REPLACED, last_position, training_catalog
+from foundation.training.data import REPLACED, last_position, order_of, training_catalog
 from foundation.training.rewinding import JUMPS
 from shards.catalog import Catalog
-from shards.order import Mixture
 
 
 class Seen(NamedTuple):
@@ -46,9 +45,8 @@ def coverage(run: Path, config: Config | None, record: Mapping[str, Any], positi
     if config is None:
         return Coverage(position, [], "there is no config.yaml")
     try:
-        catalog, data = training_catalog(config), config.data
-        parts = [(source.name, source.kept) for source in catalog.sources]
-        mixture = Mixture(parts, data.weights or None, config.seed, data.lanes, data.block_shards)
+        catalog = training_catalog(config)
+        mixture = order_of(config, catalog)
     except (ConfigError, DataError) as error:
         return Coverage(position, [], f"the catalog cannot be opened: {error.what}")
     if "fingerprint" in (then := str(record.get("data", ""))) and catalog.fingerprint not in then:

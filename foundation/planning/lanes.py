@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from foundation.config import Config
-from foundation.training.data import last_position
+from foundation.training.data import last_position, order_of
 from shards.catalog import Catalog
 from shards.order import Mixture, rank_positions
 
@@ -32,11 +32,9 @@ class Dealt(NamedTuple):
 
 def mixture(config: Config, catalog: Catalog | None) -> Mixture:
     """The order of a run, or without a catalog that of a stand-in of 10^9 chips."""
-    data = config.data
     if catalog is None:
-        return Mixture([("stand-in", STAND_IN)], None, config.seed, data.lanes, data.block_shards)
-    parts = [(source.name, source.kept) for source in catalog.sources]
-    return Mixture(parts, data.weights or None, config.seed, data.lanes, data.block_shards)
+        return Mixture([("stand-in", STAND_IN)], None, config.seed, config.data.lanes, config.data.block_shards)
+    return order_of(config, catalog)
 
 
 def dealt(config: Config, order: Mixture, world: int, steps: Sequence[int]) -> list[Dealt]:

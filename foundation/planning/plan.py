@@ -35,9 +35,9 @@ from foundation.planning.figures import (
     speed_figures,
 )
 from foundation.planning.validation import scaling_checks, table_checks
-from foundation.training.data import training_catalog
+from foundation.training.data import order_of, training_catalog
 from shards.catalog import Catalog
-from shards.order import Mixture, check_division
+from shards.order import check_division
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,7 @@ def open_catalog(config: Config) -> tuple[Catalog | None, str]:
     """The training catalog and '', or None and why it cannot be used; overlap with tests is left to the audit."""
     try:
         catalog = training_catalog(config)
-        data = config.data
-        parts = [(source.name, source.kept) for source in catalog.sources]
-        Mixture(parts, data.weights or None, config.seed, data.lanes, data.block_shards)
+        order_of(config, catalog)
     except ExplainedError as error:
         return None, one_line(error)
     return catalog, ""

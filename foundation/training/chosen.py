@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from foundation.config import Config
+from foundation.training.data import order_of
 from foundation.training.ranks import Ranks
 from shards.augment import resize_center
 from shards.catalog import Catalog
-from shards.order import Mixture
 from shards.stream import Batch, Reader
 
 
@@ -57,8 +57,5 @@ def first(catalog: Catalog, config: Config, count: int) -> list[int]:
 
     Their shards are the ones that a run opens first, wherever they are.
     """
-    data = config.data
-    weights = data.weights or None if config.monitor.catalog is None else None
-    parts = [(source.name, source.kept) for source in catalog.sources]
-    order = Mixture(parts, weights, config.seed, data.lanes, data.block_shards)
+    order = order_of(config, catalog, weighted=config.monitor.catalog is None)
     return order.sample_ids(np.arange(min(count, catalog.samples))).tolist()

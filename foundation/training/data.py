@@ -13,6 +13,7 @@ from foundation.training.engine import Engine
 from shards.audit import refuse_overlap
 from shards.cache import Cache
 from shards.catalog import Amplitude, Catalog, load
+from shards.order import Mixture
 from shards.stream import Batch, Stream
 
 REPLACED = "replaced.jsonl"
@@ -135,6 +136,12 @@ def open_stream(config: Config, catalog: Catalog, engine: Engine, position: int)
         start=position,
         stop=last_position(config),
     )
+
+
+def order_of(config: Config, catalog: Catalog, *, weighted: bool = True) -> Mixture:
+    """The order in which the run reads a catalog; sources in proportion to their samples unless `weighted`."""
+    data, sizes = config.data, [(source.name, source.kept) for source in catalog.sources]
+    return Mixture(sizes, data.weights or None if weighted else None, config.seed, data.lanes, data.block_shards)
 
 
 def coverage(config: Config, catalog: Catalog) -> list[str]:
