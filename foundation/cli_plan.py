@@ -48,6 +48,7 @@ def plan_command(
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output")] = False,
 ) -> None:
     """Memory, speed, schedule and data of a run on a cluster, without one. Exit code 1 when it could not start."""
+    from foundation.cli_plan_text import show_checks, show_plan
     from foundation.cli_text import show
     from foundation.config import load
     from foundation.planning.checks import order_check as check_order
@@ -55,7 +56,6 @@ def plan_command(
     from foundation.planning.cluster import Cluster
     from foundation.planning.picture import draw
     from foundation.planning.plan import plan
-    from foundation.planning.text import show_checks, show_plan
 
     run = load(config, overrides or [])
     options = {"nic": (nic, 1e9), "nvlink": (nvlink, 1e9), "mfu": (mfu, 1.0), "overlap": (overlap, 1.0)}

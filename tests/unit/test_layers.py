@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -72,6 +73,12 @@ def test_a_lower_package_imports_only_what_its_row_of_the_house_allows(package: 
 
 def test_foundation_never_imports_launch() -> None:
     assert [str(file) for file, names in imports_of("foundation").items() if uses(names, "launch")] == []
+
+
+def test_only_commands_import_the_command_line() -> None:
+    importers = {file for file, names in imports_of("foundation").items() if any("foundation.cli" in n for n in names)}
+    commands = re.compile(r"foundation/(cli\w*|__main__|demo)\.py")
+    assert [str(file) for file in importers if not commands.fullmatch(str(file))] == []
 
 
 @pytest.mark.parametrize("folder", ["foundation/models", "foundation/objectives"])
