@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import settings
 from processes import TINY
 
 if not torch.cuda.is_available():
@@ -25,6 +26,8 @@ from shards import synthetic
 from shards.pack import SourceSpec, pack
 
 torch.set_num_threads(1)
+settings.register_profile("untimed", deadline=None)  # a busy machine is no error
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

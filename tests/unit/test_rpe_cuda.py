@@ -88,8 +88,7 @@ def call(
     dout = torch.randn(batch, length, heads, dim, generator=draw).bfloat16()
     shape = heads if per_head else 1, dim, num_buckets(cls_tokens=cls_tokens)
     table = spread * torch.randn(shape, generator=draw)
-    dout, qkv, table = (t.to(device) for t in (dout, qkv, table))
-    return Call(dout, qkv, table, grid, cls_tokens, steps(ratio), *scales)
+    return Call(*(t.to(device) for t in (dout, qkv, table)), grid, cls_tokens, steps(ratio), *scales)
 
 
 def ours(c: Call, blocks: int | None = None) -> Results:

@@ -9,8 +9,6 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable
-from dataclasses import replace
-from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shards_samples import records, small
 
-from shards import catalog as catalogs
 from shards import index as indexes
 from shards import metadata
-from shards.catalog import Catalog, Sidecar, Source
+from shards.catalog import Catalog, Source
 from shards.errors import DataError
 from shards.pack import Record, SourceSpec, pack
 from shards.schema import DTYPES, npy_bytes
@@ -60,6 +57,13 @@ def samples_of(dtype: str, channels: int) -> list[np.ndarray]:
     return found
 
 
+def opened(path: Path, tar: Path, source: Source) -> indexes.IndexFile:
+    file = indexes.IndexFile(path)
+    with open(tar, "rb") as data:
+        indexes.compare(file, data.fileno(), source.shards[0], len(source.classes))
+    return file
+
+
 @pytest.mark.parametrize("codec", indexes.CODECS)
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,7 +74,7 @@ def test_a_row_finds_the_pixels_the_json_and_the_class_of_its_sample(
     chips = [Record(p, str(i), "ab"[i]) for i, p in enumerate(given_pixels)]
     source = pack(tmp_path, [SourceSpec("s", records=chips, codec=codec)]).sources[0]  # type: ignore[arg-type]
     tar = tmp_path / source.shards[0].name
-    file = indexes.open_index(indexes.path_of(tar), tar, source.shards[0], len(source.classes))
+    file = opened(indexes.path_of(tar), tar, source)
     data = tar.read_bytes()
     assert len(file) == 2
     for row in map(file.row, range(2)):
@@ -145,19 +149,19 @@ def test_an_index_that_disagrees_with_its_shard_asks_to_be_rebuilt(
     rows[field] = change(rows[field])
     indexes.write(rows, tar)
     with pytest.raises(DataError, match=rf"the index disagrees with its shard: .*{message}{ADVICE}"):
-        indexes.open_index(path, tar, source.shards[0], len(source.classes))
+        opened(path, tar, source)
 
 
 def test_an_index_of_another_number_of_samples_is_refused(shard: tuple[Source, Path, Path]) -> None:
     source, tar, path = shard
     indexes.write(indexes.read(path)[1:], tar)
     with pytest.raises(DataError, match=r"\d+ samples, the catalog says \d+" + ADVICE):
-        indexes.open_index(path, tar, source.shards[0])
+        opened(path, tar, source)
 
 
 def test_an_index_cut_off_while_it_is_open_is_an_error(shard: tuple[Source, Path, Path]) -> None:
     source, tar, path = shard
-    file = indexes.open_index(path, tar, source.shards[0])
+    file = opened(path, tar, source)
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(DataError, match="the index was cut off while it was read" + ADVICE):
         file.row(len(file) - 1)
@@ -306,7 +310,7 @@ def test_no_change_of_an_index_leads_outside_its_shard(
     changed = tar.with_name("changed.idx")
     changed.write_bytes(mutate(indexes.path_of(tar).read_bytes(), edits, end))
     try:
-        file = indexes.open_index(changed, tar, source.shards[0], len(source.classes))
+        file = opened(changed, tar, source)
     except DataError:
         return
     data = tar.read_bytes()
@@ -332,65 +336,3 @@ def test_random_bytes_are_neither_a_shard_nor_an_index_nor_metadata(packed: tupl
         indexes.read(path)
     with pytest.raises(DataError, match="the metadata have changed"):
         metadata.read(path, packed[0])
-
-
-@settings(max_examples=150, deadline=None)
-@given(edits=EDITS, end=ENDS)
-def test_no_change_of_metadata_makes_reading_fail_in_another_way(
-    packed: tuple[Source, Path], edits: list[tuple[float, int]], end: float
-) -> None:
-    source, tar = packed
-    changed = tar.with_name("changed.parquet")
-    changed.write_bytes(mutate((tar.parent / source.metadata.name).read_bytes(), edits, end))
-    try:
-        table = metadata.read(changed, source)
-    except DataError:
-        return
-    assert len(table) == source.samples
-
-
-def test_metadata_have_a_row_group_per_shard_in_the_order_of_its_samples(catalog: Catalog) -> None:
-    source, root = catalog.sources[0], Path(catalog.root)
-    table = metadata.read(root / source.metadata.name, source)
-    keys = [key.decode() for s in source.shards for key in indexes.read(indexes.path_of(root / s.name))["key"].tolist()]
-    assert table["key"].to_pylist() == keys
-    assert set(table["class"].to_pylist()) == {"a", "b"}
-    assert set(table["width"].to_pylist()) == {9}
-    assert {len(x) for x in table["likeness"].to_pylist()} == {128}
-    assert table["sensor"].null_count == len(table)
-    only = metadata.read(root / source.metadata.name, source, ["sha256", "from"])
-    assert only.column_names == ["sha256", "from"]
-    assert len(set(only["from"].to_pylist())) == 24
-
-
-def test_columns_of_the_schema_are_stored_and_others_stay_in_the_json(tmp_path: Path) -> None:
-    pixels = np.ones((9, 9), np.uint8)
-    meta = {"sensor": "Sentinel-1", "spacing": 10, "wind": 3}
-    source = pack(tmp_path, [SourceSpec("s", records=[Record(pixels, "k", None, meta)])]).sources[0]
-    table = metadata.read(tmp_path / source.metadata.name, source)
-    assert table.select(["sensor", "spacing", "class"]).to_pylist() == [
-        {"sensor": "Sentinel-1", "spacing": 10.0, "class": None}
-    ]
-    assert "wind" not in table.column_names
-    wrong = [Record(pixels, "x", None, {"spacing": "fine"}), Record(pixels, "y", None, {"note": float("nan")})]
-    with pytest.raises(DataError, match=r"x: its metadata cannot be stored: spacing is 'fine', not a number\n.*y: its"):
-        pack(tmp_path, [SourceSpec("t", records=wrong)])
-
-
-def test_metadata_that_are_not_those_of_the_shards_are_refused(catalog: Catalog, tmp_path: Path) -> None:
-    source = catalog.sources[0]
-    path = Path(catalog.root) / source.metadata.name
-    fewer = replace(source, shards=source.shards[1:])
-    with pytest.raises(DataError, match=r"the metadata are not those of the shards[\s\S]*restore"):
-        metadata.read(path, fewer)
-    with pytest.raises(DataError, match="the metadata have no column colour"):
-        metadata.read(path, source, ["colour"])
-    whole = path.read_bytes()
-    cut = tmp_path / "cut.parquet"
-    cut.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="their sha256 is not the packed one"):
-        metadata.read(cut, source)
-    claimed = replace(source, metadata=Sidecar(cut.name, cut.stat().st_size, sha256(cut.read_bytes()).hexdigest()))
-    with pytest.raises(DataError, match="the metadata cannot be read"):
-        metadata.read(cut, claimed)
-    assert catalogs.load(catalog.root).sources[0].metadata.bytes == len(whole)

@@ -7,39 +7,23 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_store
 from object_store import DATA, FORK, HASTY, STEADY, ObjectServer, fetch_all, item, kept, until
 
 from shards import store as module
 from shards.cache import OURS, Cache
 from shards.errors import DataError
-from shards.store import Retry, Store
+from shards.remote import Retry
+from shards.store import Store
 
-
-@pytest.fixture(autouse=True)
-def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-
-
-@pytest.fixture
-def server() -> Iterator[ObjectServer]:
-    with ObjectServer({f"/c/{name}": data for name, data in DATA.items()}) as running:
-        yield running
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return Cache(tmp_path / "cache", 10_000_000)
-
-
-@pytest.fixture
-def store(server: ObjectServer, cache: Cache) -> Store:
-    return Store(f"{server.url}/c", cache, STEADY)
+no_proxy, server = test_store.no_proxy, test_store.server
+cache, store = test_store.cache, test_store.store
 
 
 def put(cache: Cache, name: str, size: int, idle: Callable[[object], None] = lambda sign: time.sleep(0.01)) -> Path:
