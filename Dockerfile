@@ -30,7 +30,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 # hadolint ignore=DL3013
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    --mount=type=secret,id=ca,target=/run/secrets/ca \
     pip install --target /opt/nvcc 'cuda-toolkit[nvcc]'
 ENV CUDA_HOME=/opt/nvcc/nvidia/cu13 LIBRARY_PATH=/opt/nvcc/nvidia/cu13/lib
 COPY kernels/rpe_attention /src
@@ -45,7 +45,7 @@ COPY kernels kernels
 COPY launch launch
 COPY shards shards
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    --mount=type=secret,id=ca,target=/run/secrets/ca \
     pip wheel --no-deps --wheel-dir /wheel .
 
 # What the project needs, without the project: this layer is as old as its pins. PIP_EXTRA_INDEX_URL: torch for CPUs.
@@ -56,7 +56,7 @@ ARG EXTRAS=gpu,mlflow,accelerate,deepspeed,timm,scenes,s3,gcs,http,zstd
 ARG PIP_EXTRA_INDEX_URL
 # hadolint ignore=DL3013
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    --mount=type=secret,id=ca,target=/run/secrets/ca \
     touch README.md LICENSE \
  && pip install ".[${EXTRAS}]" \
  && pip uninstall --yes sar-foundation
@@ -94,7 +94,7 @@ LABEL org.opencontainers.image.title="sar-foundation" \
 FROM python AS server
 # hadolint ignore=DL3013
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    --mount=type=secret,id=ca,target=/run/secrets/ca \
     pip install mlflow 'psycopg[binary]' boto3
 COPY --chmod=755 launch/image/bucket.py /opt/foundation/bin/make-bucket
 WORKDIR /workspace
@@ -116,7 +116,7 @@ COPY --chmod=755 launch/image/entrypoint.sh /opt/foundation/bin/entrypoint
 WORKDIR /workspace
 COPY . .
 RUN --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
-    --mount=type=secret,id=ca,target=/etc/ssl/certs/ca-certificates.crt \
+    --mount=type=secret,id=ca,target=/run/secrets/ca \
     pip install --editable '.[dev]'
 ENV CUDA_HOME=/opt/nvcc/nvidia/cu13 \
     LIBRARY_PATH=/opt/nvcc/nvidia/cu13/lib \
