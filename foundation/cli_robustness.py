@@ -39,7 +39,7 @@ def robustness_command(
             seed=seed,
             device=device,
             averaged=ema,
-            progress=lambda done, total: tell(f"features of {done:,} of {total:,} images"),
+            tell=tell,
         )
     console.print(to_table(rows))
     if verdict.verdict == "leaked":

@@ -18,7 +18,7 @@ from foundation.errors import ConfigError
 from foundation.evaluation import leakage, probe
 from foundation.evaluation.controls import PIXELS, PixelComponents, pixel_features
 from foundation.evaluation.corruptions import CORRUPTIONS, Corrupted
-from foundation.evaluation.features import Listing, Progress, check_disjoint, extract, listing
+from foundation.evaluation.features import Listing, check_disjoint, extract, listing
 from foundation.evaluation.metrics import resamples
 from foundation.evaluation.protocols import RANDOM, Task
 from foundation.evaluation.runs import run_folder, training_data
@@ -54,7 +54,11 @@ class Row:
 
 
 def robustness(
-    encoder_by_name: Mapping[str, ViT], task: Task, kinds: Sequence[str] = tuple(CORRUPTIONS), seed: int = 0
+    encoder_by_name: Mapping[str, ViT],
+    task: Task,
+    kinds: Sequence[str] = tuple(CORRUPTIONS),
+    seed: int = 0,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> list[Row]:
     """Rows of every encoder and of the pixel control, under every level of the corruptions `kinds`.
 
@@ -67,12 +71,16 @@ def robustness(
     check_disjoint(task.train, task.test)
     cases = [(kind, level) for kind in kinds for level in CORRUPTIONS[kind].levels]
     tests = [case for case in cases if not _clean(*case)]
-    listings = [task.test, *(Corrupted.of(task.test, *case, seed) for case in tests)]
+    listings = {"clean": task.test}
+    listings |= {f"{kind} {level:g}": Corrupted.of(task.test, kind, level, seed) for kind, level in tests}
     rows: list[Row] = []
     for name, encoder in [*encoder_by_name.items(), (PIXELS, None)]:
         train, see = _eyes(encoder, task)
-        y = task.train.y
-        predicted = probe.predict(train, y, torch.cat([see(samples) for samples in listings]))[0].split(len(task.test))
+        features = []
+        for number, (what, samples) in enumerate(listings.items(), start=1):
+            tell(f"{name}: {what} ({number} of {len(listings)})")
+            features.append(see(samples))
+        predicted = probe.predict(train, task.train.y, torch.cat(features))[0].split(len(task.test))
         right = torch.stack(predicted).eq(task.test.y).double()
         values = zip(right.mean(1).tolist(), *intervals(right), strict=True)
         at = dict(zip([None, *tests], values, strict=True))
@@ -93,8 +101,7 @@ def _eyes(encoder: ViT | None, task: Task) -> tuple[Tensor, Callable[[Listing], 
         train = pixel_features(task.train, task.crop)
         basis = PixelComponents.fit(train)
         return basis.project(train), lambda samples: basis.project(pixel_features(samples, task.crop))
-    see = partial(extract, encoder, image_size=task.image_size, crop=task.crop, batch=task.batch, device=task.device,
-                  progress=task.progress)  # fmt: skip
+    see = partial(extract, encoder, image_size=task.image_size, crop=task.crop, batch=task.batch, device=task.device)
     return see(task.train).x, lambda samples: see(samples).x
 
 
@@ -116,7 +123,7 @@ def robustness_run(
     seed: int = 0,
     device: str = "cpu",
     averaged: bool = False,
-    progress: Progress | None = None,
+    tell: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[Row], leakage.Leakage]:
     """Robustness of the encoder at `path` (run folder or checkpoint), beside the same network untrained.
 
@@ -131,9 +138,9 @@ def robustness_run(
     )
     learnt = listing(Reader(train), train.classes)
     seen = listing(Reader(tested), tested.classes, learnt.classes)
-    task = Task(learnt, seen, config.data.image_size, crop, device=device, progress=progress)
+    task = Task(learnt, seen, config.data.image_size, crop, device=device)
     encoders = {"pretrained": encoder, RANDOM: random_encoder(config, config.seed, device)}
-    rows = robustness(encoders, task, kinds, seed)
+    rows = robustness(encoders, task, kinds, seed, tell)
     verdict = leakage.find(training_data(config), tested, state.get("fingerprint"))
     settings = {
         "weights": f"{state['position']:,} samples" + ", averaged" * averaged,
