@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint audit bench docs lock clean
+.PHONY: demo test coverage lint audit bench docs lock clean
 
 demo: .venv/installed
 	$(BIN)/foundation demo
@@ -11,6 +11,11 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest tests/unit tests/gpu --numprocesses auto --maxprocesses 4 --dist loadfile
 	$(BIN)/python -m pytest tests/distributed tests/end_to_end
+
+coverage: .venv/installed
+	$(BIN)/coverage erase && $(BIN)/coverage run -m pytest tests/unit tests/gpu --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/coverage run -m pytest tests/distributed tests/end_to_end
+	$(BIN)/coverage combine --quiet && $(BIN)/coverage report --skip-covered --sort cover
 
 lint: .venv/installed
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
