@@ -281,6 +281,7 @@ def test_an_imported_model_gets_a_report_from_named_data(
     assert_self_contained(tmp_path / "imported" / "report.html")
 
 
+@pytest.mark.usefixtures("reported")
 def test_the_demo_runs_to_its_verdict_and_can_be_repeated(
     command: Command, monkeypatch: pytest.MonkeyPatch, tiny_yaml: Path, catalog: Path, tmp_path: Path
 ) -> None:
