@@ -13,6 +13,7 @@ from foundation.config import load
 from foundation.training.run import train
 
 SHORT = ("objective.windows=1", "train.global_batch=2", "train.samples=40", "train.log_every=2", "data.lanes=2")
+SHORT += ("monitor.images=0",)
 
 
 @pytest.mark.slow
