@@ -7,14 +7,14 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/foundation demo
 
-# Tests that start processes, servers and clusters have the machine to themselves; the others share its cores.
+# Tests that start processes, servers and clusters often wait: two at a time. The others share the cores.
 test: .venv/installed
 	$(BIN)/python -m pytest tests/unit tests/gpu --numprocesses auto --maxprocesses 4 --dist loadfile
-	$(BIN)/python -m pytest tests/distributed tests/end_to_end
+	$(BIN)/python -m pytest tests/distributed tests/end_to_end --numprocesses 2 --dist loadfile
 
 coverage: .venv/installed
 	$(BIN)/coverage erase && $(BIN)/coverage run -m pytest tests/unit tests/gpu --numprocesses auto --maxprocesses 4 --dist loadfile
-	$(BIN)/coverage run -m pytest tests/distributed tests/end_to_end
+	$(BIN)/coverage run -m pytest tests/distributed tests/end_to_end --numprocesses 2 --dist loadfile
 	$(BIN)/coverage combine --quiet && $(BIN)/coverage report --skip-covered --sort cover
 
 lint: .venv/installed

@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
 
 from foundation import cli
 from foundation.config import Config, load
+from foundation.training import run as running
 from foundation.training.run import train
 from shards import synthetic
 from shards.pack import SourceSpec, pack
@@ -28,6 +29,8 @@ from shards.pack import SourceSpec, pack
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)  # a busy machine is no error
 settings.load_profile("untimed")
+PUBLISH = running.publish
+running.publish = lambda *_: None  # the report takes four times as long as the runs of the tests; see `reported`
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +66,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory, catalog: Path) -> Path:
     """The run folder of the tiny configuration, trained to its end without a break; tests copy it."""
     root = tmp_path_factory.mktemp("finished")
     (root / "tiny.yaml").write_text(TINY.format(root=root, catalog=catalog))
-    return train(load(root / "tiny.yaml"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "publish", PUBLISH)
+        return train(load(root / "tiny.yaml"))
+
+
+@pytest.fixture
+def reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs end with their report, as those of `foundation train` do."""
+    monkeypatch.setattr(running, "publish", PUBLISH)
 
 
 class Outcome(NamedTuple):

@@ -29,6 +29,7 @@ train: {{samples: 96, global_batch: 8, log_every: 8, checkpoint_every: 16, keep:
 monitor: {{images: 8}}
 tracking: {{mlflow: false}}
 """
+TAIL = 8192  # bytes, several lines of a record
 MEASURED = ("time", "images_per_s", "data_wait", "window_s", "peak_rss_gb", "peak_device_gb", "checkpoint_stall_s")
 MEASURED += ("monitor_s", "slowest_rank", "slowest_ratio", "slowest_wait")
 
@@ -73,8 +74,12 @@ def wait(process: subprocess.Popen[str], condition: Callable[[], bool], seconds:
 def position(run: Path) -> int:
     """The position of the last whole line of the record, 0 without one."""
     file = run / "metrics.jsonl"
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
+    if not file.exists():
+        return 0
+    with file.open("rb") as opened:
+        opened.seek(max(0, file.stat().st_size - TAIL))  # who waits for a line asks often
+        lines = opened.read().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
     return int(json.loads(whole[-1])["position"]) if whole else 0
 
 

@@ -40,6 +40,7 @@ class Zero1(Group):
         import deepspeed
 
         deepspeed.utils.logger.setLevel(logging.WARNING)
+        deepspeed.ops.__compatible_ops__ = {}  # otherwise it compiles an operation that only inference uses
         deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
         self.mesh = init_device_mesh("cpu", (self.world_size,))
         self.pieces = self.world_size
@@ -295,7 +296,7 @@ class Zero3(Zero1):
         offload, persistent = model.optimizer.parameter_offload, model.optimizer.persistent_parameters
 
         def spread() -> None:
-            model.empty_partition_cache()
+            offload.empty_partition_cache()  # that of the engine also collects garbage, ten times as long as a look
             if persistent:  # small ones, which stay whole
                 persistent[0].all_gather(persistent)
 

@@ -5,6 +5,7 @@ python -m torch.distributed.run ... several_runs.py YAML OVERRIDE ... -- OVERRID
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import itertools
 import sys
@@ -60,6 +61,7 @@ def main(yaml: str, *arguments: str) -> None:
 
     running.train_step = spoilt_step
     running.loop, running.publish = noting_loop, lambda *_: None  # pictures take longer than these runs
+    gc.freeze()  # DeepSpeed collects garbage at every start
     dist.init_process_group("cpu:gloo")  # once: libraries do not survive a second one
     for separator, overrides in itertools.groupby(arguments, lambda argument: argument == "--"):
         if not separator:

@@ -145,7 +145,8 @@ class SlurmCluster:
         end = time.monotonic() + PATIENCE * timeout
         while not holds():
             told = f"; the job says\n{self.log(job)}\n{self.show(job)}" if job else ""
-            assert time.monotonic() < end, f"in vain for {PATIENCE * timeout} s: {what}{told}"
+            nodes = self._call("sinfo", "-hN", "-o", "%N %T %E").stdout if time.monotonic() > end else ""
+            assert time.monotonic() < end, f"in vain for {PATIENCE * timeout} s: {what}; nodes:\n{nodes}{told}"
             time.sleep(0.2)
 
     def start_now(self, job: str, timeout: float = 60) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
-import subprocess
+import sys
 from pathlib import Path
 
+import accelerate.commands.launch as accelerate
 import pytest
 import yaml
+from groups import Job, together
 from processes import ROOT, close, finish, hashes, record, start
 
 FILES = ROOT / "launch" / "accelerate"
@@ -17,11 +20,22 @@ ALONE = ("ddp", "fsdp2", "hsdp", "zero3")  # on one machine zero1 and zero2 diff
 pytestmark = pytest.mark.slow
 
 
-def launch(name: str, run: Path, tiny: Path, *options: object) -> subprocess.Popen[str]:
-    """`accelerate launch --config_file NAME.yaml OPTIONS -m foundation train TINY`, into the folder `run`."""
-    program = ("-m", "accelerate.commands.launch", "--config_file", f"{FILES / name}.yaml", *map(str, options))
-    where = (f"run_root={run.parent}", f"name={run.name}")
-    return start("train", tiny, *where, program=(*program, "-m", "foundation"))
+def options(name: str, run: Path, tiny: Path, *more: object, module: str = "unreported") -> tuple[str, ...]:
+    """What follows `accelerate launch`: `--config_file NAME.yaml MORE -m MODULE train TINY`, into the folder `run`."""
+    words = ("--config_file", f"{FILES / name}.yaml", *more, "-m", module, "train", tiny)
+    return (*map(str, words), f"run_root={run.parent}", f"name={run.name}")
+
+
+def machine(*words: str) -> None:
+    """`accelerate launch WORDS`."""
+    sys.argv = ["accelerate launch", *words]
+    accelerate.main()
+
+
+def launched(*machines: tuple[str, ...]) -> tuple[int, str]:
+    """Exit status and output of a launcher on each of these machines."""
+    path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+    return together([Job(machine, words, path) for words in machines], 300)
 
 
 def same_run(run: Path, finished: Path) -> None:
@@ -42,7 +56,8 @@ def test_each_file_has_its_test_and_decides_nothing_but_the_engine() -> None:
 
 
 def test_the_file_for_a_cpu_trains_as_without_a_launcher(tmp_path: Path, finished: Path) -> None:
-    code, output = finish(launch("cpu", tmp_path / "one", finished.parents[1] / "tiny.yaml"))
+    words = options("cpu", tmp_path / "one", finished.parents[1] / "tiny.yaml", module="foundation")
+    code, output = finish(start(*words, program=("-m", "accelerate.commands.launch")))
     assert code == 0, output
     assert "engine: single, 1 process(es) on cpu" in output
     assert record(tmp_path / "one") == record(finished)
@@ -50,8 +65,8 @@ def test_the_file_for_a_cpu_trains_as_without_a_launcher(tmp_path: Path, finishe
 
 @pytest.mark.parametrize("name", ALONE)
 def test_one_machine_trains_with_the_engine_of_the_file(name: str, tmp_path: Path, finished: Path) -> None:
-    options = ("--num_processes", 2, "--main_process_port", 0)
-    code, output = finish(launch(name, tmp_path / "one", finished.parents[1] / "tiny.yaml", *options))
+    more = ("--num_processes", 2, "--main_process_port", 0)
+    code, output = launched(options(name, tmp_path / "one", finished.parents[1] / "tiny.yaml", *more))
     assert code == 0, output
     assert f"engine: {ENGINES[name]}, 2 process(es)" in output
     same_run(tmp_path / "one", finished)
@@ -63,11 +78,10 @@ def test_two_machines_train_with_the_engine_of_the_file(name: str, tmp_path: Pat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    options = ("--num_processes", processes, "--num_machines", 2)
-    options += ("--main_process_ip", "127.0.0.1", "--main_process_port", port, "--machine_rank")
+    more = ("--num_processes", processes, "--num_machines", 2)
+    more += ("--main_process_ip", "127.0.0.1", "--main_process_port", port, "--machine_rank")
     tiny = finished.parents[1] / "tiny.yaml"
-    machines = [launch(name, tmp_path / "two", tiny, *options, rank) for rank in (0, 1)]
-    ended = [finish(machine) for machine in machines]
-    assert [code for code, _ in ended] == [0, 0], ended
-    assert f"engine: {ENGINES[name]}, {processes} process(es)" in ended[0][1]
+    code, output = launched(*(options(name, tmp_path / "two", tiny, *more, rank) for rank in (0, 1)))
+    assert code == 0, output
+    assert f"engine: {ENGINES[name]}, {processes} process(es)" in output
     same_run(tmp_path / "two", finished)

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import several_runs
 import torch
-from processes import TINY, finish, record, same_state, start
+from groups import group
+from processes import TINY, record, same_state
 
 from foundation.training import checkpoint
 
-SCRIPT = Path(__file__).with_name("several_runs.py")
 STEPS, BATCH, SAVED = 20, 8, 15
 pytestmark = pytest.mark.slow
 
@@ -37,13 +38,14 @@ ALONE = Cell("single", 1)
 PAIRS = [Cell(engine, 2) for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3")]
 FOURS = [Cell(engine, 4) for engine in ("fsdp2", "hsdp")]  # the others differ in no line from two processes
 CELLS = [ALONE, *PAIRS, *FOURS]
+UNSEEN = ("monitor.images=0", "monitor.probe=null")
 WAYS = {  # two micro-batches a process, or one
     "whole": "",
     "accumulated": "train.micro_batch={micro}",
     "recomputed": "train.activation_checkpointing=full",
     "both": "train.micro_batch={micro} train.activation_checkpointing=selective",
     "spoilt": "train.micro_batch={micro} guard.window=8 guard.skips=1 train.checkpoint_every=32",
-    "unseen": "train.micro_batch={micro} train.activation_checkpointing=selective monitor.images=0 monitor.probe=null",
+    "unseen": f"train.micro_batch={{micro}} train.activation_checkpointing=selective {' '.join(UNSEEN)}",
 }
 LEARNT = [
     (cell, way)
@@ -65,8 +67,7 @@ COMMON = (
 def launch(world: int, yaml: Path, runs: list[tuple[str, ...]]) -> None:
     """Train these runs, one after another, in one group of processes."""
     arguments = [argument for run in runs for argument in ("--", *run)][1:]
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}")
-    code, output = finish(start(SCRIPT, yaml, *arguments, program=launcher), 1200)
+    code, output = group(world, several_runs.main, yaml, *arguments, seconds=1200)
     assert code == 0, output[-4000:]
 
 
@@ -102,7 +103,7 @@ def resumed(root: Path, learnt: Path) -> Path:
                 name = f"{writer.name}-to-{reader.name}"
                 shutil.copytree(learnt / f"{writer.name}-whole", out / name)
                 shutil.rmtree(out / name / "checkpoints" / f"samples-{STEPS * BATCH:012d}")
-                runs.append((*COMMON, *reader.overrides, f"run_root={out}", f"name={name}"))
+                runs.append((*COMMON, *UNSEEN, *reader.overrides, f"run_root={out}", f"name={name}"))
         launch(world, root / "tiny.yaml", runs)
     return out
 

@@ -5,26 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from processes import finish, record, start
+import several_runs
+from groups import group
+from processes import record
 
 from foundation.config import load
-from foundation.training import run as running
+from foundation.training.run import train
 
-SCRIPT = Path(__file__).with_name("several_runs.py")
 SHORT = ("objective.windows=1", "train.global_batch=2", "train.samples=40", "train.log_every=2", "data.lanes=2")
+SHORT += ("monitor.images=0",)
 
 
 @pytest.mark.slow
-def test_twenty_updates_in_pieces_have_the_losses_of_the_definition(
-    tmp_path: Path, tiny_yaml: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_twenty_updates_in_pieces_have_the_losses_of_the_definition(tmp_path: Path, tiny_yaml: Path) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(running, "publish", lambda *_: None)  # pictures take longer than the updates
-    running.train(load(tiny_yaml, [*SHORT, "model.attention=reference", "name=reference"]))
+    train(load(tiny_yaml, [*SHORT, "model.attention=reference", "name=reference"]))
     engine = ("train.engine=fsdp2", "train.activation_checkpointing=selective")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     arguments = (*SHORT, *engine, "model.attention=triton", "name=triton")
-    code, output = finish(start(SCRIPT, tiny_yaml, *arguments, program=launcher), 300)
+    code, output = group(2, several_runs.main, tiny_yaml, *arguments, seconds=300)
     assert code == 0, output
     assert "attention triton" in output
     ours, definition = record(tmp_path / "runs" / "triton"), record(tmp_path / "runs" / "reference")

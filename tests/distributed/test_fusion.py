@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import several_runs
 import torch
-from processes import TINY, finish, record, start
+from groups import group
+from processes import TINY, record
 
 from foundation.config import load
 from foundation.training import checkpoint
-from foundation.training import run as running
+from foundation.training.run import train
 
-SCRIPT = Path(__file__).with_name("several_runs.py")
 OBJECTIVES = {
     "fusion": (
         *("objective.name=saratr-x-v2-target", "objective.fusion=learned", "objective.offset=1e-6"),
@@ -41,18 +42,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory, catalog: Path) -> Path:
     """Runs `OBJECTIVE-ENGINE` of four updates in two processes, and `OBJECTIVE-single` in one."""
     root = tmp_path_factory.mktemp("objectives")
     (root / "tiny.yaml").write_text(TINY.format(root=root, catalog=catalog))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "publish", lambda *_: None)  # pictures take longer than these runs
-        for name, keys in OBJECTIVES.items():
-            running.train(load(root / "tiny.yaml", [*SHORT, *keys, "train.engine=single", f"name={name}-single"]))
+    for name, keys in OBJECTIVES.items():
+        train(load(root / "tiny.yaml", [*SHORT, *keys, "train.engine=single", f"name={name}-single"]))
     made = [
         (*SHORT, *OBJECTIVES[name], f"train.engine={engine}", f"name={name}-{engine}", "train.micro_batch=2")
         for name, engine in LEARNT
     ]
     made += [(*SHORT, *OBJECTIVES["fusion"], f"train.engine={HALF}", f"name=half-{HALF}", "train.precision=bf16")]
     arguments = [argument for run in made for argument in ("--", *run)][1:]
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    code, output = finish(start(SCRIPT, root / "tiny.yaml", *arguments, program=launcher), 600)
+    code, output = group(2, several_runs.main, root / "tiny.yaml", *arguments)
     assert code == 0, output[-4000:]
     return root / "runs"
 

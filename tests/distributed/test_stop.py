@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from processes import TINY, finish, hashes, start
+import signalled_runs
+from groups import group
+from processes import TINY, hashes
 
 from foundation.training import checkpoint
 
-SCRIPT = Path(__file__).with_name("signalled_runs.py")
 RUNS = 20
 
 
@@ -18,8 +19,7 @@ RUNS = 20
 def test_a_signal_to_one_process_at_any_moment_stops_all_at_the_same_update(tmp_path: Path, catalog: Path) -> None:
     yaml = tmp_path / "tiny.yaml"
     yaml.write_text(TINY.format(root=tmp_path, catalog=catalog))
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    code, output = finish(start(SCRIPT, yaml, RUNS, program=launcher), 300)
+    code, output = group(2, signalled_runs.main, yaml, RUNS, seconds=300)
     assert code == 0, output[-4000:]
     positions = []
     for number in range(RUNS):

@@ -155,9 +155,13 @@ def points(config: Path, finished: Path, out: Path) -> list[dict[str, Any]]:
 def kills(config: Path, count: int) -> dict[str, Any]:
     """Kill one run `count` times, go to the end, and compare it with one that nobody disturbed."""
     rng, lives = random.Random(0), []
-    length = f"train.samples={40 * (count + 4)}"
-    whole = load(config, [length, "train.keep=3", "name=whole"])
-    killed = load(config, [length, "train.keep=3", "name=killed"])
+    keys = (
+        f"train.samples={40 * (count + 4)}",
+        "train.keep=3",
+        "monitor.every=48",
+        "data.overlap=allow",
+    )  # short lives
+    whole, killed = (load(config, [*keys, f"name={name}"]) for name in ("whole", "killed"))
     run, log = killed.run_folder, killed.run_folder.parent / "killed.log"
     assert ended(forked(whole, whole.run_folder.parent / "whole.log")) == 0
     for number in range(count):

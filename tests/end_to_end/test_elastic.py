@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
-from stream_rank import COMMON
+from groups import FORKS
+from stream_rank import COMMON, main
 
 from shards.order import Mixture, rank_positions
 from shards.pack import Record, SourceSpec, pack
@@ -51,14 +49,21 @@ def mixture(catalog) -> Mixture:
     return Mixture(parts, WEIGHTS, COMMON["seed"], COMMON["lanes"], COMMON["block_shards"])
 
 
-def start_ranks(root: str, out: Path, world: int, workers: str, start: int, pace: float = 0) -> list[subprocess.Popen]:
-    script = Path(__file__).with_name("stream_rank.py")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    tail = [workers, str(start), str(STOP), json.dumps(WEIGHTS), str(pace)]
-    return [
-        subprocess.Popen([sys.executable, str(script), root, str(out), str(rank), str(world), *tail], env=env)
-        for rank in range(world)
+def start_ranks(
+    root: str, out: Path, world: int, workers: tuple[int, ...], start: int, pace: float = 0
+) -> list[BaseProcess]:
+    ranks = range(world)
+    processes = [
+        FORKS.Process(target=main, args=(root, out, rank, world, workers, start, STOP, WEIGHTS, pace)) for rank in ranks
     ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def ended(process: BaseProcess) -> int | None:
+    process.join(120)
+    return process.exitcode
 
 
 def finished(out: Path, pattern: str, world: int) -> dict[int, tuple[int, int]]:
@@ -85,8 +90,8 @@ def test_the_global_batches_of_1_2_4_and_8_processes_hold_the_same_samples(corpu
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_real_processes_with_0_1_and_3_workers_read_what_the_order_says(corpus, expected, tmp_path, world):
-    for process in start_ranks(corpus.root, tmp_path, world, "0,1,3", 0):
-        assert process.wait(120) == 0
+    for process in start_ranks(corpus.root, tmp_path, world, (0, 1, 3), 0):
+        assert ended(process) == 0
     for workers in (0, 1, 3):
         assert finished(tmp_path, f"w{workers}-*", world) == expected
 
@@ -95,18 +100,18 @@ def test_world_size_changed_twice_after_kills_in_the_middle_changes_nothing(corp
     seen: dict[int, tuple[int, int]] = {}
     for world, workers, kill in ((2, 1, 12), (4, 0, 25), (1, 3, None)):
         start = len(seen)
-        processes = start_ranks(corpus.root, tmp_path, world, str(workers), start, pace=0 if kill is None else 0.05)
+        processes = start_ranks(corpus.root, tmp_path, world, (workers,), start, pace=0 if kill is None else 0.05)
         files = [tmp_path / f"w{workers}-from{start}-rank{r}of{world}" for r in range(world)]
         if kill is None:
-            assert [p.wait(120) for p in processes] == [0]
+            assert [ended(process) for process in processes] == [0]
         else:
             deadline = time.monotonic() + 120
             while not all(f.exists() and f.stat().st_size for f in files) or reached(files[-1]) < kill:
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             for process in processes:
-                process.send_signal(signal.SIGKILL)
-                process.wait(10)
+                process.kill()
+                assert ended(process) == -signal.SIGKILL
         new = finished(tmp_path, f"w{workers}-from{start}-*", world)
         assert min(new) == start
         seen |= new

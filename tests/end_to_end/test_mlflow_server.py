@@ -222,7 +222,7 @@ def judged(finished: Path, catalog: Path, tmp_path: Path) -> Path:
     """A run without MLflow, and its scores under one protocol."""
     run = tmp_path / "judged"
     shutil.copytree(finished, run)
-    evaluate_run(run, str(catalog), "knn", crop=None)
+    evaluate_run(run, str(catalog), "knn", crop=None, report=False)
     assert not (run / "mlflow.db").exists()
     return run
 

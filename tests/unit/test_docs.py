@@ -139,7 +139,7 @@ def registries() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("registries")
+@pytest.mark.usefixtures("registries", "reported")
 def test_the_guide_runs_as_it_stands(
     command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -146,7 +146,7 @@ def test_a_master_that_cannot_be_found_is_named(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(engine_module, "JOIN", timedelta(seconds=3))
+    monkeypatch.setattr(engine_module, "JOIN", timedelta(seconds=1))
     with pytest.raises(LaunchError, match=r"the process group cannot be formed[\s\S]*where: no-such-host.invalid:"):
         engines.start(config(name))
 

@@ -31,7 +31,7 @@ def scored(finished: Path, catalog: Path, tmp_path_factory: pytest.TempPathFacto
     """A run that was scored under `knn` on the own splits of its catalog."""
     run = tmp_path_factory.mktemp("scored") / "run"
     shutil.copytree(finished, run)
-    evaluate_run(run, str(catalog), "knn")
+    evaluate_run(run, str(catalog), "knn", report=False)
     return run
 
 
@@ -81,7 +81,7 @@ def test_a_run_keeps_its_split_and_the_answers_behind_every_score(scored: Path, 
     assert {p.encoder for p in kept} == {s.encoder for s in scores}
     assert {h for p in kept for h in p.hashes} == {row.hash for row in split.side("test")}
     assert all("samples" in p.measurement for p in kept)
-    evaluate_run(scored, str(catalog), "knn")
+    evaluate_run(scored, str(catalog), "knn", report=False)
     assert len(predictions.read(scored)) == len(kept)
     assert len(read_scores(scored)) == len(scores)
 
@@ -113,7 +113,7 @@ def test_shared_groups_are_marked_in_every_score(scored: Path, catalog: Path, tm
     shutil.copytree(scored, run)
     with pytest.raises(DataError, match=r"1 groups .* lie in train and in test: one scene"):
         evaluate_run(run, str(catalog), "knn", split=path)
-    scores = evaluate_run(run, str(catalog), "knn", split=path, allow_shared_groups=True)
+    scores = evaluate_run(run, str(catalog), "knn", split=path, allow_shared_groups=True, report=False)
     marked = [s for s in scores if s.settings["data"].startswith("shared.json")]
     assert marked
     assert all((s.settings["shared_groups"], s.settings["allow_shared_groups"]) == (1, True) for s in marked)
