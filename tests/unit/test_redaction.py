@@ -144,6 +144,7 @@ def test_an_unexpected_error_is_printed_without_secrets(capsys: pytest.CaptureFi
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("reported")
 def test_a_whole_run_under_an_address_with_a_password_leaves_no_trace_of_it(
     tmp_path: Path, tiny_yaml: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
