@@ -14,7 +14,7 @@ from rich.table import Table
 
 # A pipe or a log file has no width of its own; 80 columns would break every table.
 console = Console(width=None if sys.stdout.isatty() else 140)
-EVERY = 30.0  # seconds between two lines of a command that goes on, in a log
+EVERY = 30.0  # seconds before each line of a command that goes on, in a log
 
 
 def show(what: str, path: Path | str) -> None:
@@ -34,7 +34,7 @@ def print_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> None
 def working(what: str) -> Iterator[Callable[[str], None]]:
     """Say on stderr that a command goes on, and where it is: gives what takes the news.
 
-    A line that renews itself on a terminal; elsewhere lines, at most one in `EVERY` seconds.
+    A line that renews itself on a terminal; elsewhere a line every `EVERY` seconds, so none of what is short.
     """
     messages = Console(stderr=True)
     if messages.is_terminal and not messages.is_dumb_terminal:
@@ -49,5 +49,4 @@ def working(what: str) -> Iterator[Callable[[str], None]]:
             last = time.monotonic()
             messages.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    messages.print(what, markup=False, highlight=False, soft_wrap=True)
     yield tell
