@@ -70,12 +70,13 @@ def evaluate_command(
     from foundation.training.checkpoint import best as best_of
 
     check_device(device)
+    counts = integers(shots, "--shots")
     with working("reading the images") as tell:
         scores = evaluate_run(
             Path(best_of(checkpoint)) if best else checkpoint,
             data,
             protocol.value,
-            Options(mode.value, recipe.value, integers(shots, "--shots"), range(seeds), epochs),
+            Options(mode.value, recipe.value, counts, range(seeds), epochs),
             test=test,
             split=split,
             allow_shared_groups=allow_shared_groups,
@@ -85,6 +86,8 @@ def evaluate_command(
             progress=lambda what, done, total: tell(f"{what}: {done:,} of {total:,}" if done else what),
         )
     console.print(to_table(scores))
+    if protocol.value == "all" and (few := set(counts) - {score.settings.get("shots") for score in scores}):
+        show("left out", f"{', '.join(map(str, sorted(few)))} shots: a class has fewer training images")
     for line in warnings(scores):
         console.print(f"[bold red]{escape(line)}[/]", highlight=False, soft_wrap=True)
 

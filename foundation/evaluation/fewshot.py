@@ -35,18 +35,23 @@ def recipe_of(name: str, mode: str) -> Recipe:
     return RECIPES[name][mode]
 
 
-def draw(y: Tensor, hashes: tuple[str, ...], classes: tuple[str, ...], shots: int, seed: int) -> Tensor:
-    """Indices of `shots` samples of each class, class by class: int64 [classes · shots].
-
-    Looked up by (seed, class) among the class's sorted content hashes, so neither the packing order nor the other
-    classes matter, and more shots contain fewer. Raises DataError when a class is too small.
-    """
+def check_enough(y: Tensor, classes: tuple[str, ...], shots: int) -> None:
+    """Raise DataError when a class has fewer than `shots` samples."""
     counts = torch.bincount(y, minlength=len(classes)).tolist()
     if short := [f"{name} {n}" for name, n in zip(classes, counts, strict=True) if n < shots]:
         raise DataError(
             f"{shots} shots per class were asked for, but these classes have fewer training images: {', '.join(short)}",
             do=f"ask for at most {min(counts)} shots, or add labelled training images",
         )
+
+
+def draw(y: Tensor, hashes: tuple[str, ...], classes: tuple[str, ...], shots: int, seed: int) -> Tensor:
+    """Indices of `shots` samples of each class, class by class: int64 [classes · shots].
+
+    Looked up by (seed, class) among the class's sorted content hashes, so neither the packing order nor the other
+    classes matter, and more shots contain fewer. Raises DataError when a class is too small.
+    """
+    check_enough(y, classes, shots)
     picked = []
     for label, name in enumerate(classes):
         members = sorted((y == label).nonzero()[:, 0].tolist(), key=lambda i: hashes[i])

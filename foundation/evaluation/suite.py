@@ -45,13 +45,17 @@ def measure(
 ) -> list[Measured]:
     """Answers and scores, protocol by protocol; the features of an encoder are computed once for all of them.
 
-    `protocol` is one, several with commas between, or «all». The accuracy of every other encoder is tested against that
-    of `random-init` on the same images and seeds. Without `controls` background and pixels, which are the same for all
-    encoders, are left to another call. Raises ConfigError without a `random-init` encoder or with an unknown word,
-    DataError when a training sample is among the test samples or there are fewer than two classes.
+    `protocol` is one, several with commas between, or «all», which leaves out numbers of shots that a class does not
+    have. The accuracy of every other encoder is tested against that of `random-init` on the same images and seeds.
+    Without `controls` background and pixels, which are the same for all encoders, are left to another call. Raises
+    ConfigError without a `random-init` encoder or with an unknown word, DataError when a training sample is among the
+    test samples, there are fewer than two classes, or too few shots.
     """
     options = options or Options()
     protocols = ALL if protocol == "all" else tuple(protocol.split(","))
+    if protocol == "all":
+        least = int(torch.bincount(task.train.y, minlength=len(task.train.classes)).min())
+        options = replace(options, shots=tuple(shots for shots in options.shots if shots <= least))
     _check(encoder_by_name, task, protocols, options)
     found: list[tuple[str, Answer, bool]] = []
     for name, encoder in [*encoder_by_name.items(), *([(BACKGROUND, None), (PIXELS, None)] if controls else [])]:
@@ -106,6 +110,8 @@ def _check(encoders: Mapping[str, ViT], task: Task, protocols: Sequence[str], op
             where="evaluate",
             do="a score needs at least two classes: pack labelled images of another class into the train split",
         )
+    if "fewshot" in protocols and options.shots:
+        fewshot.check_enough(task.train.y, task.train.classes, max(options.shots))
     found = task.train.reader[task.train.ids[0]].pixels.shape[0]
     for name, encoder in encoders.items():
         if (takes := getattr(encoder, "channels", found)) != found:

@@ -35,6 +35,19 @@ def scored(finished: Path, catalog: Path, tmp_path_factory: pytest.TempPathFacto
     return run
 
 
+def test_all_protocols_leave_out_shots_that_a_class_does_not_have_and_the_named_one_refuses_them_at_once() -> None:
+    told: list[str] = []
+    t = task(report=lambda what, *_: told.append(what))
+    encoders, least = {RANDOM: Toy()}, int(torch.bincount(t.train.y).min())
+    found = measure(encoders, t, "all", Options(shots=(1, least, least + 1), seeds=(0,)), controls=False)
+    few = [each.predictions.protocol for each in found if "shot" in each.predictions.protocol]
+    assert few == ["1-shot linear", f"{least}-shot linear"]
+    told.clear()
+    with pytest.raises(DataError, match=f"^{least + 1} shots per class were asked for"):
+        measure(encoders, t, "knn,fewshot", Options(shots=(1, least + 1), seeds=(0,)))
+    assert told == [], "nothing was computed for it"
+
+
 def test_all_protocols_share_one_extraction_for_each_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     seen, extract = [], protocols.extract
     monkeypatch.setattr(protocols, "extract", lambda *a, **k: seen.append(k["keep_tokens"]) or extract(*a, **k))
