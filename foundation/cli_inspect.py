@@ -17,7 +17,7 @@ def inspect_command(
     data: Annotated[bool, typer.Option(help="Open the catalog, to count what was seen of each source")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable output, with every line and event")] = False,
 ) -> None:
-    """What happened to a run: curve, speed, where the time went, restarts, events, checkpoints, data, stragglers."""
+    """What happened to a run: curve, speed, time, restarts, events, checkpoints, data, stragglers, standstill."""
     from foundation.inspecting.inspection import inspect
     from foundation.inspecting.text import sections
 

@@ -34,7 +34,7 @@ SCORES = "scores.json"
 MAPS = 9  # of a figure: a row of more is too small to see
 IMAGES = 16  # that attention and patch features are computed on
 ROBUSTNESS = "robustness.png"
-OPERATIONS = ("throughput", "time", "restarts", "events", "checkpoints", "coverage", "stragglers")
+OPERATIONS = ("throughput", "time", "restarts", "events", "checkpoints", "coverage", "stragglers", "standstill")
 
 
 def write_run_report(run: Path, catalog: Catalog, labelled: Catalog | None = None) -> Path:

@@ -34,6 +34,7 @@ SECTIONS = {
     "checkpoints": "Checkpoints",
     "coverage": "Data",
     "stragglers": "Stragglers",
+    "standstill": "Standstill",
     "targets": "Targets and predictions",
     "features": "Features",
     "attention": "Attention",
