@@ -18,7 +18,7 @@ from foundation import cli_text
 from foundation.config import from_dict
 from foundation.training.tracking import open_tracker
 
-COLOUR = re.compile(r"\x1b\[[0-9;]*\b(?:3\d|4\d|9\d|10\d)\b[0-9;]*m")
+COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3|4|9|10)\d(?:;\d+)*m")
 
 
 @contextmanager
