@@ -54,7 +54,7 @@ def verdict(processes: Sequence[Stood], world_size: int | None) -> str:
     """Who has not come: processes that wrote nothing, else those behind in a group's collectives."""
     ranks = {each.rank for each in processes}
     if silent := [str(rank) for rank in range(world_size or 0) if rank not in ranks]:
-        return f"no word from rank {', '.join(silent)}: dead, stopped or cut off"
+        return f"no word from rank {', '.join(silent)}: dead, stopped, cut off, or its file is damaged"
     for group in dict.fromkeys(name for each in processes for name in each.collectives):
         begun = {each.rank: each.collectives.get(group, {}).get("begun", 0) for each in processes}
         most = max(begun.values())

@@ -47,7 +47,7 @@ class Patience:
     def __exit__(self, *_: object) -> None:
         self._closed.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(1)  # it may wait for a disk that does not answer, and dies with the process
 
     def beat(self, position: int) -> None:
         """The run goes on, and is at `position` (samples seen)."""

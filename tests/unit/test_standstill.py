@@ -1,4 +1,4 @@
-"""A run that stands still names the process that all others wait for; no damaged file accuses anybody."""
+"""A run that stands still names the process that all others wait for; a damaged file is said to be possible."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_a_process_without_a_word_is_named_first(tmp_path: Path) -> None:
     (tmp_path / FOLDER / "rank-3.json").write_text("{")
     found = standstill(tmp_path, 4)
     assert found
-    assert found.verdict == "no word from rank 1, 3: dead, stopped or cut off"
+    assert found.verdict == "no word from rank 1, 3: dead, stopped, cut off, or its file is damaged"
 
 
 def test_processes_in_the_same_collective_point_at_the_network(tmp_path: Path) -> None:
