@@ -176,7 +176,8 @@ class ObjectiveConfig(Section):
         description="saratr-x-v2-target: a map per scale, their mean, or a softmax that is trained with the model",
     )
     normalise_pixels: bool = Field(
-        default=False, description="lomar-sar: patches of mean 0 and variance 1, as in MAE and LoMaR, not raw pixels"
+        default=False,
+        description="lomar-sar, saratr-x-v2-target: patches of mean 0 and variance 1, as in MAE, LoMaR and SARATR-X v2",
     )
     cutoff: float = Field(
         default=40 / 224,

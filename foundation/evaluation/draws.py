@@ -64,19 +64,22 @@ class Draws:
         tested = set(test.hashes)
         if seen := [h for part in hashes.values() for h in part if h in tested]:
             raise self._refused(path, f"{len(seen)} of the drawn images are test images: {_named(seen)}")
-        where = {h: i for i, h in reversed(list(enumerate(train.hashes)))}
-        if lost := [h for part in hashes.values() for h in part if h not in where]:
+        known = set(train.hashes)
+        if lost := [h for part in hashes.values() for h in part if h not in known]:
             raise self._refused(path, f"{len(lost)} of the drawn images are not in train: {_named(lost)}")
-        for label, name in enumerate(train.classes):
+        index: list[int] = []
+        for name, images in zip(train.classes, fewshot.different(train.y, train.hashes, train.classes), strict=True):
             part = hashes.get(name, [])
             if len(part) != shots or len(set(part)) != shots:
                 raise self._refused(path, f"class {name} has {len(set(part))} different images, not {shots}")
-            if wrong := [h for h in part if train.y[where[h]] != label]:
+            where = {train.hashes[i]: i for i in images}
+            if wrong := [h for h in part if h not in where]:
                 what = f"{len(wrong)} images of class {name} have another class in train: {_named(wrong)}"
                 raise self._refused(path, what)
+            index += [where[h] for h in part]
         if extra := sorted({*hashes} - {*train.classes}):
             raise self._refused(path, f"train has no class {extra[0]}")
-        return torch.tensor([where[h] for name in train.classes for h in hashes[name]], dtype=torch.int64)
+        return torch.tensor(index, dtype=torch.int64)
 
     def _refused(self, path: Path, what: str) -> DataError:
         if self.given is not None and (given := self.given / path.name).exists():

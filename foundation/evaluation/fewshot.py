@@ -35,26 +35,35 @@ def recipe_of(name: str, mode: str) -> Recipe:
     return RECIPES[name][mode]
 
 
-def check_enough(y: Tensor, classes: tuple[str, ...], shots: int) -> None:
-    """Raise DataError when a class has fewer than `shots` samples."""
-    counts = torch.bincount(y, minlength=len(classes)).tolist()
-    if short := [f"{name} {n}" for name, n in zip(classes, counts, strict=True) if n < shots]:
+def different(y: Tensor, hashes: tuple[str, ...], classes: tuple[str, ...]) -> list[list[int]]:
+    """Of each class the indices of its different images, sorted by content hash; of equal images the first."""
+    found: list[dict[str, int]] = [{} for _ in classes]
+    for index, (label, name) in enumerate(zip(y.tolist(), hashes, strict=True)):
+        found[label].setdefault(name, index)
+    return [[of_class[name] for name in sorted(of_class)] for of_class in found]
+
+
+def check_enough(images: list[list[int]], classes: tuple[str, ...], shots: int) -> None:
+    """Raise DataError when a class has fewer than `shots` different images (as `different` gives them)."""
+    if short := [f"{name} {len(of)}" for name, of in zip(classes, images, strict=True) if len(of) < shots]:
+        least = min(map(len, images))
         raise DataError(
-            f"{shots} shots per class were asked for, but these classes have fewer training images: {', '.join(short)}",
-            do=f"ask for at most {min(counts)} shots, or add labelled training images",
+            f"{shots} shots per class were asked for, but these classes have fewer different training images: "
+            f"{', '.join(short)}",
+            do=f"ask for at most {least} shots, or add labelled training images",
         )
 
 
 def draw(y: Tensor, hashes: tuple[str, ...], classes: tuple[str, ...], shots: int, seed: int) -> Tensor:
-    """Indices of `shots` samples of each class, class by class: int64 [classes · shots].
+    """Indices of `shots` different images of each class, class by class: int64 [classes · shots].
 
     Looked up by (seed, class) among the class's sorted content hashes, so neither the packing order nor the other
     classes matter, and more shots contain fewer. Raises DataError when a class is too small.
     """
-    check_enough(y, classes, shots)
+    images = different(y, hashes, classes)
+    check_enough(images, classes, shots)
     picked = []
-    for label, name in enumerate(classes):
-        members = sorted((y == label).nonzero()[:, 0].tolist(), key=lambda i: hashes[i])
+    for name, members in zip(classes, images, strict=True):
         order = permutation(seed, f"evaluation/shots/{name}", torch.tensor([0]), len(members))[0]
         picked += [members[i] for i in order[:shots].tolist()]
     return torch.tensor(picked, dtype=torch.int64)

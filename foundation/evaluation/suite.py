@@ -54,7 +54,7 @@ def measure(
     options = options or Options()
     protocols = ALL if protocol == "all" else tuple(protocol.split(","))
     if protocol == "all":
-        least = int(torch.bincount(task.train.y, minlength=len(task.train.classes)).min())
+        least = min(map(len, _different(task)))
         options = replace(options, shots=tuple(shots for shots in options.shots if shots <= least))
     _check(encoder_by_name, task, protocols, options)
     found: list[tuple[str, Answer, bool]] = []
@@ -91,6 +91,10 @@ def _predictions(name: str, answer: Answer, task: Task) -> Predictions:
     return Predictions(name, answer.protocol, "", test.classes, test.hashes, answer.seeds, test.y, answer.probabilities)
 
 
+def _different(task: Task) -> list[list[int]]:
+    return fewshot.different(task.train.y, task.train.hashes, task.train.classes)
+
+
 def _check(encoders: Mapping[str, ViT], task: Task, protocols: Sequence[str], options: Options) -> None:
     """Refuse wrong words, fewer than two classes and shared images before anything is computed."""
     known = (*PROTOCOLS, "all")
@@ -111,7 +115,7 @@ def _check(encoders: Mapping[str, ViT], task: Task, protocols: Sequence[str], op
             do="a score needs at least two classes: pack labelled images of another class into the train split",
         )
     if "fewshot" in protocols and options.shots:
-        fewshot.check_enough(task.train.y, task.train.classes, max(options.shots))
+        fewshot.check_enough(_different(task), task.train.classes, max(options.shots))
     found = task.train.reader[task.train.ids[0]].pixels.shape[0]
     for name, encoder in encoders.items():
         if (takes := getattr(encoder, "channels", found)) != found:

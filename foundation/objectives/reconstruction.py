@@ -17,7 +17,7 @@ from foundation.models.families import FAMILY, Tokens, class_token, options
 from foundation.models.heads import FusedWindowModel, MaskedImageModel, MaskedWindowModel
 from foundation.models.vit import ViT
 from foundation.objectives.masks import Masks, local_windows, random_patches, visible_patches, whole_image
-from foundation.objectives.targets import FixedTarget, Target, patchify
+from foundation.objectives.targets import FixedTarget, Target, patchify, standardise, unpatchify
 
 
 class Inputs(NamedTuple):
@@ -214,7 +214,8 @@ class VisibleReconstruction(MaskedReconstruction):
 class LearnedFusion(MaskedReconstruction):
     """Predict one map per channel, the target's maps of that channel weighted by a softmax that is learnt.
 
-    SARATR-X v2 (arXiv 2607.23238). The weights are trained through the target: nothing but the other maps' share of the
+    SARATR-X v2 (arXiv 2607.23238); with `normalise_pixels`, as there, each patch of the fused map has mean 0 and
+    variance 1. The weights are trained through the target: nothing but the other maps' share of the
     error keeps them from the map that is predicted most easily, so every weight is a metric.
     """
 
@@ -236,8 +237,9 @@ class LearnedFusion(MaskedReconstruction):
         return FusedWindowModel(encoder, d.width, d.depth, d.heads, self.values, model.attention, maps)
 
     def fuse(self, maps: Tensor, weights: Tensor) -> Tensor:
-        """Weighted sums over the maps of each channel: [..., C · maps · v] and fp32 [maps] → [..., C · v]."""
-        return (maps.unflatten(-1, (self.channels, len(weights), -1)) * weights[:, None]).sum(-2).flatten(-2)
+        """Weighted sums over each channel's maps of patches: [..., C · maps · v] and fp32 [maps] → [..., C · v]."""
+        fused = (maps.unflatten(-1, (self.channels, len(weights), -1)) * weights[:, None]).sum(-2)
+        return (standardise(fused, (-1,)) if self.config.objective.normalise_pixels else fused).flatten(-2)
 
     def loss(self, prediction: Any, inputs: Inputs) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean squared error of the fused target, which passes a gradient to the weights; and the weights."""
@@ -254,8 +256,9 @@ class LearnedFusion(MaskedReconstruction):
     def predict(self, model: Any, images: Tensor, masks: Masks) -> tuple[Tensor, Tensor]:
         """Target maps fused by the model's weights, and its predictions."""
         maps, (predicted, weights) = super().predict(model, images, masks)
-        fused = self.fuse(maps.flatten(1), weights).unflatten(1, (self.channels, *maps.shape[2:]))
-        return fused, predicted
+        patch = self.config.model.patch
+        fused = self.fuse(patchify(maps, patch), weights)
+        return unpatchify(fused, patch, (maps.shape[-2] // patch, maps.shape[-1] // patch)), predicted
 
 
 def gather_masked(tokens: Tensor, masks: Masks) -> Tensor:

@@ -26,6 +26,7 @@ from foundation.objectives.targets import (
     MeanScale,
     NormalisedPixels,
     Pixels,
+    StandardisedPatches,
     StructuralScales,
 )
 
@@ -159,8 +160,9 @@ def structural(config: Config) -> Objective:
     """SARATR-X v2's scales, each a map of its own or fused."""
     if config.objective.fusion == "learned":
         return LearnedFusion(config, ratio(StructuralScales, config))
-    fused = config.objective.fusion == "equal"
-    return MaskedReconstruction(config, ratio(MeanScale if fused else StructuralScales, config))
+    target = ratio(MeanScale if config.objective.fusion == "equal" else StructuralScales, config)
+    normalised = config.objective.normalise_pixels
+    return MaskedReconstruction(config, StandardisedPatches(target, config.model.patch) if normalised else target)
 
 
 def ratio(target: Callable[[tuple[int, ...], float, str, int], FixedTarget], config: Config) -> FixedTarget:

@@ -80,6 +80,17 @@ def unpatchify(tokens: Tensor, patch: int, grid: tuple[int, int]) -> Tensor:
     return cut.permute(0, 3, 1, 4, 2, 5).reshape(batch, -1, rows * patch, cols * patch)
 
 
+def standardise(maps: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """(x - mean) / sqrt(variance + 1e-6) over `dims`, the variance over n - 1 values: MAE (arXiv 2111.06377, 4.1)."""
+    variance, mean = torch.var_mean(maps, dim=dims, keepdim=True)
+    return (maps - mean) / (variance + 1e-6).sqrt()
+
+
+def into_patches(maps: Tensor, patch: int) -> Tensor:
+    """[B, M, H, W] → [B, M, rows, patch, columns, patch], `patch` in values of the map."""
+    return maps.unflatten(-1, (-1, patch)).unflatten(-3, (-1, patch))
+
+
 class Pixels(FixedTarget):
     """The image itself, not normalised: LoMaR-SAR of the paper's comparison."""
 
@@ -94,7 +105,7 @@ class Pixels(FixedTarget):
 class NormalisedPixels(Pixels):
     """Pixels less the mean of their patch over its standard deviation, all channels of a patch together.
 
-    MAE (arXiv 2111.06377, section 4.1), LoMaR: (x - mean) / sqrt(variance + 1e-6), the variance over n - 1 values.
+    MAE (arXiv 2111.06377, section 4.1), LoMaR (arXiv 2206.00790).
     """
 
     def __init__(self, patch: int, channels: int = 1) -> None:
@@ -103,9 +114,24 @@ class NormalisedPixels(Pixels):
 
     def of_images(self, images: Tensor) -> Tensor:
         """[B, C, H, W] → [B, C, H, W]; a patch of equal pixels becomes zero."""
-        cut = images.unflatten(-1, (-1, self.patch)).unflatten(-3, (-1, self.patch))  # [B, C, rows, p, cols, p]
-        variance, mean = torch.var_mean(cut, dim=(1, 3, 5), keepdim=True)
-        return ((cut - mean) / (variance + 1e-6).sqrt()).view_as(images)
+        return standardise(into_patches(images, self.patch), (1, 3, 5)).view_as(images)
+
+
+class StandardisedPatches(FixedTarget):
+    """Another target's maps, each patch of each map less its mean over its standard deviation, as in SARATR-X v2."""
+
+    def __init__(self, target: FixedTarget, patch: int) -> None:
+        self.target, self.patch = target, patch // target.cell
+        self.names, self.cell = target.names, target.cell
+
+    def conflicts(self, config: Config) -> Iterator[Problem]:
+        """Those of the other."""
+        yield from self.target.conflicts(config)
+
+    def of_channel(self, image: Tensor) -> Tensor:
+        """[N, 1, H, W] → [N, maps, H / cell, W / cell]; a patch of equal values becomes zero."""
+        maps = self.target.of_channel(image)
+        return standardise(into_patches(maps, self.patch), (3, 5)).view_as(maps)
 
 
 class LowPass(FixedTarget):

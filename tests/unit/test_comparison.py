@@ -37,6 +37,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "small cells": {"name": "hog", "cell": 4, "bins": 5},
     "equal": {**V2, "fusion": "equal"},
     "learned": {**V2, "fusion": "learned"},
+    "separate, normalised": {**V2, "normalise_pixels": True},
+    "equal, normalised": {**V2, "fusion": "equal", "normalise_pixels": True},
+    "learned, normalised": {**V2, "fusion": "learned", "normalise_pixels": True},
 }
 FIXED = ("mae", "fg-mae")
 """Rows of MAE's frame: fixed positions, an encoder of visible patches."""
@@ -280,6 +283,32 @@ def test_a_fusion_weighs_the_scales_of_each_channel_and_learns_through_the_targe
     maps, _ = objective.predict(model, images(channels), masks)
     weighted = (scales * weights.detach().view(3, 1, 1)).sum(2)
     assert torch.allclose(maps, weighted, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_patches_of_a_fused_target_have_mean_0_and_variance_1_and_the_weights_learn_through_that(channels: int) -> None:
+    plain, _, raw = prepared(FORMS["learned"], channels)
+    objective, model, inputs = prepared(FORMS["learned, normalised"], channels)
+    weights = torch.tensor([0.5, 0.2, 0.3], requires_grad=True)
+    fused = objective.fuse(inputs.target, weights).unflatten(-1, (channels, 256))
+    by_hand = plain.fuse(raw.target, weights).detach().double().unflatten(-1, (channels, 256))
+    by_hand = (by_hand - by_hand.mean(-1, keepdim=True)) / (by_hand.var(-1, keepdim=True) + 1e-6).sqrt()
+    assert torch.allclose(fused.double(), by_hand, atol=1e-4)
+    (gradient,) = torch.autograd.grad((fused - fused.detach().roll(1, -1)).square().sum(), weights)
+    assert gradient.abs().min() > 0
+    masks = objective.masks(torch.arange(2), (4, 4))
+    maps, _ = objective.predict(model, images(channels), masks)
+    shown = objective.fuse(inputs.target, torch.full((3,), 1 / 3))
+    assert torch.allclose(gather_masked(patchify(maps, 16), masks), shown, atol=1e-6)
+
+
+def test_normalised_scales_are_the_scales_patch_by_patch() -> None:
+    plain, _, raw = prepared(V2)
+    objective, _, inputs = prepared(FORMS["separate, normalised"])
+    cut = raw.target.unflatten(-1, (len(plain.names), 256)).double()
+    by_hand = (cut - cut.mean(-1, keepdim=True)) / (cut.var(-1, keepdim=True) + 1e-6).sqrt()
+    assert objective.names == plain.names
+    assert torch.allclose(inputs.target.double(), by_hand.flatten(-2), atol=1e-4)
 
 
 def test_fusion_weights_are_kept_by_checkpoints_and_do_not_decay() -> None:

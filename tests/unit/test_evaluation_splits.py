@@ -210,6 +210,19 @@ def sampled(packed: Path, tmp_path: Path):
     return direct, draws, index, path
 
 
+def test_a_draw_among_equal_images_is_read_again_as_it_was_drawn(sampled, tmp_path: Path) -> None:
+    direct, draws, *_ = sampled
+    train, test = direct.train, direct.test
+    doubled = train.take(torch.tensor([*range(len(train)), *range(len(train))]))  # every image twice
+    other = int((train.y != train.y[0]).nonzero()[0])
+    doubled.y[len(train)] = train.y[other]  # and one of them with another label
+    for seed in range(5):
+        for shots in (1, 2):
+            kept = replace(draws, folder=tmp_path / "kept")
+            drawn = kept.draw(doubled, test, shots, seed)
+            assert torch.equal(kept.draw(doubled, test, shots, seed), drawn)
+
+
 def test_a_draw_is_kept_as_a_file_and_read_again(sampled) -> None:
     direct, draws, index, path = sampled
     train, test = direct.train, direct.test
