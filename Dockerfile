@@ -82,7 +82,8 @@ HEALTHCHECK --interval=5m --timeout=2m --start-period=1m --retries=2 \
 ENTRYPOINT ["/opt/foundation/bin/entrypoint"]
 CMD ["foundation", "--help"]
 ARG BASE
-ARG REVISION=unknown
+ARG REVISION=
+ENV SAR_FOUNDATION_COMMIT="${REVISION}"
 LABEL org.opencontainers.image.title="sar-foundation" \
       org.opencontainers.image.description="Large-scale self-supervised pretraining for synthetic-aperture-radar images" \
       org.opencontainers.image.version="0.1.0" \

@@ -43,6 +43,7 @@ from kernels.rpe_attention.buckets import num_buckets, product_buckets
 RADII = (5, 9, 13, 17)
 ATTENTION = ("reference", "sdpa", "dense")
 """Backends compared unless others are named: those that every CPU has."""
+COPY = "take the folder again as the project has it: tests/golden"
 EDGES = 1e-3
 """Share of the entries of histograms whose angle may lie on the edge of a bin."""
 
@@ -179,7 +180,8 @@ def _loaded_model(arrays: Arrays, backend: str) -> Model:
         found, wanted = [*found, model.decoder.heads], [*wanted, config["dheads"]]
     if found != wanted:
         listed = ", ".join(map(str, wanted))
-        raise DataError(f"tables say {tuple(found)} heads, the file's configuration {listed}")
+        what = f"tables say {tuple(found)} heads, the file's configuration {listed}"
+        raise DataError(what, do=COPY)
     model.load_state_dict(state)
     return model
 
@@ -333,7 +335,7 @@ CHECKS: dict[str, Check] = {
 
 def _read(path: Path) -> dict:
     if not path.is_file():
-        raise DataError(f"{path.name} is missing", where=str(path.parent))
+        raise DataError(f"{path.name} is missing", where=str(path.parent), do=COPY)
     try:
         if path.suffix == ".json":
             values = json.loads(path.read_text())
@@ -343,7 +345,7 @@ def _read(path: Path) -> dict:
         with np.load(path, allow_pickle=False) as file:
             return dict(file.items())
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path.name} cannot be read: {error}", where=str(path)) from error
+        raise DataError(f"{path.name} cannot be read: {error}", where=str(path), do=COPY) from error
 
 
 def compare(folder: Path, attention: Sequence[str] = ATTENTION) -> Iterator[Line]:

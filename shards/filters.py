@@ -66,7 +66,9 @@ def _parse(text: str, columns: Mapping[str, type]) -> tuple[str, ast.expr]:
     """What Python's parser was given, and the tree it made of it."""
     if len(text) > MAX_LENGTH:
         raise DataError(
-            f"the filter has {len(text)} characters, at most {MAX_LENGTH} are read", where=text[:80] + "..."
+            f"the filter has {len(text)} characters, at most {MAX_LENGTH} are read",
+            where=text[:80] + "...",
+            do="shorten it: `x in (a, b, c)` says what many `x == a or ...` do",
         )
     line = " ".join(text.split("\n")).strip()
     try:

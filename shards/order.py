@@ -64,7 +64,8 @@ class Order:
         self, name: str, shard_sizes: Sequence[int] | np.ndarray, seed: int, lanes: int, block_shards: int
     ) -> None:
         if lanes < 1 or block_shards < 1:
-            raise DataError(f"lanes = {lanes} and block_shards = {block_shards} must be at least 1")
+            what = f"lanes = {lanes} and block_shards = {block_shards} must be at least 1"
+            raise DataError(what, do="set data.lanes and data.block_shards to 1 or more")
         self.name, self.seed, self.lanes, self.block_shards = name, seed, lanes, block_shards
         self.key = stream_key(seed, f"order/{name}")
         self._sizes = np.asarray(shard_sizes, np.int64)
@@ -308,7 +309,8 @@ def check_division(global_batch: int, lanes: int, rank: int, world_size: int, mi
     if min(global_batch, lanes, world_size, micro_batch) < 1 or not 0 <= rank < world_size:
         raise DataError(
             f"global_batch {global_batch}, lanes {lanes}, micro_batch {micro_batch}, world_size {world_size} must be "
-            f"positive and rank {rank} below world_size"
+            f"positive and rank {rank} below world_size",
+            do="set data.lanes, train.global_batch and train.micro_batch to 1 or more; the launcher gives the rest",
         )
     if global_batch % lanes:
         below = global_batch // lanes * lanes

@@ -133,9 +133,11 @@ def _prepared(record: Record, source: str) -> tuple[np.ndarray, bytes]:
         meta = canonical_json({**record.meta, **facts})
         column_values(record.meta)
     except (TypeError, ValueError) as error:
-        raise DataError(f"its metadata cannot be stored: {error}", where=record.key) from error
+        what, do = f"its metadata cannot be stored: {error}", "keep text, numbers and lists of them in its metadata"
+        raise DataError(what, where=record.key, do=do) from error
     if len(meta) > MAX_JSON:
-        raise DataError(f"{len(meta):,} bytes of metadata", where=record.key)
+        what = f"{len(meta):,} bytes of metadata, at most {MAX_JSON:,} are stored"
+        raise DataError(what, where=record.key, do="leave out what belongs to the image and not to its description")
     return pixels, meta
 
 

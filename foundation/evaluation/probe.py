@@ -54,7 +54,8 @@ def probabilities(
     has two samples); the model is then fitted on all of TRAIN. Raises DataError when there are fewer than two classes.
     """
     if len(torch.unique(y)) < 2:
-        raise DataError("a linear probe needs at least two classes in the training samples, found 1")
+        what = "a linear probe needs at least two classes in the training samples, found 1"
+        raise DataError(what, do="pack labelled images of another class into the train split")
     train, test = train.double().cpu(), test.double().cpu()
     out = held_out(y, seed)
     truth = y[out].numpy()

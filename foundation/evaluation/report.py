@@ -156,7 +156,8 @@ def _png(caption: str, source: bytes | Path) -> bytes:
     try:
         data = source.read_bytes() if isinstance(source, Path) else source
     except OSError as error:
-        raise DataError(f"a figure of the report cannot be read: {error.strerror}", where=where) from error
+        what = f"a figure of the report cannot be read: {error.strerror}"
+        raise DataError(what, where=where, do="draw it again: foundation report RUN") from error
     if not data.startswith(PNG):
         raise DataError("a figure of the report is not a PNG", where=where, do="pass PNG bytes or the path of a PNG")
     return data

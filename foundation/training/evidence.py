@@ -1,4 +1,4 @@
-"""The batches of updates that were not made, on disk: what was shown, with which masks, and what came out."""
+"""The batches of updates that were spoilt, on disk: what was shown, with which masks, and what came out."""
 
 from __future__ import annotations
 

@@ -3,8 +3,9 @@
 1. An update whose loss or gradient is not finite, or whose loss lies far above those before it, is not made. The device
    decides: the loss of the last micro-batch becomes NaN, its gradients spread that over all ranks, and the optimiser
    leaves weights and moments alone. The host learns of it one update later, so that no step waits for the device.
-2. After more than `guard.skips` of those, or of kicks (updates that were made and far too large), within `guard.window`
-   updates the run goes back to the newest checkpoint before the first of them and passes over the samples up to here.
+   A step far too large (a kick) is known only when it was made, so it is counted, and undone by the second rule.
+2. After more than `guard.skips` skipped or kicked updates within `guard.window` updates the run goes back to the newest
+   checkpoint before the first of them and passes over the samples up to here.
 3. After `guard.rewinds` times NumericsError says what was seen.
 
 All numbers in here are the same on all ranks, so that all decide alike. Windows hold only what was learnt from.
@@ -75,7 +76,7 @@ class _Pending(NamedTuple):
 class Guard:
     """The policy of a run; every rank has one and calls the same methods at the same updates.
 
-    `tell` records an event, `keep` the batch of an update that was not made. `state` is what an earlier `state()` gave,
+    `tell` records an event, `keep` the batch of an update that was spoilt. `state` is what an earlier `state()` gave,
     `jumps` are spans of samples [begin, end) that are passed over, one for each time the run went back.
     """
 
@@ -96,14 +97,14 @@ class Guard:
         g = self.config.guard
         self._losses = Window(g.window, g.loss_score, state.get("losses", ()))
         self._updates = Window(g.window, g.update_score, state.get("updates", ()))
-        self._trouble: list[int] = list(state.get("trouble", ()))
+        self._troubled: list[int] = list(state.get("trouble", ()))
         self.missing: int = state.get("missing", 0)
         self._pending: _Pending | None = None
 
     def state(self) -> dict[str, Any]:
         """JSON values for a checkpoint; call `check` first. `missing`: updates that the optimiser did not make."""
         losses, updates = (list(window.values) for window in (self._losses, self._updates))
-        return {"losses": losses, "updates": updates, "trouble": self._trouble, "missing": self.missing}
+        return {"losses": losses, "updates": updates, "trouble": self._troubled, "missing": self.missing}
 
     def limit(self) -> float:
         """The largest loss that the next update may have."""
@@ -137,30 +138,30 @@ class Guard:
         limit, most = pending.limits
         if not math.isfinite(found["grad_norm"]):  # the optimiser has looked at the same number
             self.missing += 1
-            self._keep(pending.batches, pending.position, found | {"limit": limit})
-            self._trouble_at(pending.position, "skipped", found | {"limit": limit})
+            self._trouble(pending, "skipped", found | {"limit": limit})
         elif found["update_norm"] > most:
-            self._trouble_at(pending.position, "kicked", found | {"limit": most})
+            self._trouble(pending, "kicked", found | {"limit": most})
         else:
             self._losses.add(found["loss"])
             self._updates.add(found["update_norm"])
 
-    def _trouble_at(self, position: int, kind: str, facts: Mapping[str, float]) -> None:
-        g, stride = self.config.guard, self.config.train.global_batch
+    def _trouble(self, pending: _Pending, kind: str, facts: Mapping[str, float]) -> None:
+        g, stride, position = self.config.guard, self.config.train.global_batch, pending.position
+        self._keep(pending.batches, position, facts)
         self._tell(kind, position, **facts)
-        self._trouble = [p for p in self._trouble if p > position - g.window * stride] + [position]
-        if len(self._trouble) <= g.skips:
+        self._troubled = [p for p in self._troubled if p > position - g.window * stride] + [position]
+        if len(self._troubled) <= g.skips:
             return
         lately = [end for _, end in self.jumps if end > position - LATELY * g.window * stride]
         if len(lately) >= g.rewinds:
             raise NumericsError(self._diagnosis(kind, facts), where=f"sample {position}", do=ADVICE)
-        raise Rewind(self._trouble[0], position + stride)
+        raise Rewind(self._troubled[0], position + stride)
 
     def _diagnosis(self, kind: str, facts: Mapping[str, float]) -> str:
         """What was seen, in words."""
         g = self.config.guard
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
-        told = f"{len(self._trouble)} of the last {g.window} updates were spoilt, the last one {kind} ({numbers})"
+        told = f"{len(self._troubled)} of the last {g.window} updates were spoilt, the last one {kind} ({numbers})"
         back = f"; the run has gone back {len(self.jumps)} times (guard.rewinds)" if self.jumps else ""
         usual = statistics.median(self._losses.values) if self._losses.values else math.nan
         return f"{told}{back}; the usual loss was {usual:.4g}; no checkpoint holds anything that is not finite"

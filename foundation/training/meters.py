@@ -96,9 +96,9 @@ def job() -> dict[str, str]:
 
 
 def _commit(root: Path) -> str:
-    """The commit of the checkout at `root`, with -dirty when files were changed; nothing where there is none."""
+    """The commit of the checkout at `root`, with -dirty when files were changed; else that of the copy or the image."""
     if not (root / ".git").exists():
-        return _submitted(root.parent / "submission.json")
+        return _submitted(root.parent / "submission.json") or os.environ.get("SAR_FOUNDATION_COMMIT", "")
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -165,18 +165,18 @@ def loop(
     stall: dict[str, float] = {}
     watch = Watch(config.run_folder, engine.agree)
     steps = whole_steps(stream, train.global_batch // engine.world_size)
-    values: dict[str, Tensor] = {}
     while position < end:
         with meter.waiting():
             batches = next(steps)
         replaced += report_replaced(config, batches, engine.rank)
+        values: dict[str, Tensor] = {}  # of samples that are passed over nothing is said
         if not guard.passes_over(position):
             pace.begin()
             values = train_step(learner, batches, position, limit := guard.limit())
             guard.note(values, batches, position, limit)
+            meter.update(train.global_batch)
         position += train.global_batch
         beat(position)
-        meter.update(train.global_batch)
         finished = position >= end
         look, seen = monitor.due(position), dict[str, float]()
         if finished or look or crossed(position, train.log_every, train.global_batch):

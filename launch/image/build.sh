@@ -34,7 +34,7 @@ fi
 
 # The format of Docker: that of OCI has no health check.
 secrets=(${PIP_CONF:+--secret "id=pip.conf,src=$PIP_CONF"} ${CA:+--secret "id=ca,src=$CA"})
-revision=$(git -C "$project" rev-parse HEAD 2>/dev/null || echo unknown)
+revision=$(git -C "$project" describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || true)
 image=localhost/foundation-$target
 # shellcheck disable=SC2086  # ARGS are words
 build build --format docker --layers --target "$target" --tag "$image" \

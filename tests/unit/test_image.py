@@ -148,6 +148,11 @@ def test_the_kernels_stand_where_the_runtime_looks_for_them() -> None:
     assert f"--from=kernels {made.parent} {found.parent}" in STAGES["runtime"].all("COPY")
 
 
+def test_runs_of_an_image_name_the_commit_that_it_was_built_from() -> None:
+    assert "REVISION=" in STAGES["runtime"].all("ARG")
+    assert STAGES["runtime"].environment()["SAR_FOUNDATION_COMMIT"] == "${REVISION}"
+
+
 def test_everything_that_is_installed_is_pinned_within_the_bounds_of_the_project() -> None:
     pinned = pins()
     (extras,) = [line.partition("=")[2] for line in STAGES["packages"].all("ARG") if line.startswith("EXTRAS")]

@@ -170,7 +170,7 @@ def test_images_without_descriptors_make_a_verdict_unknown_but_not_a_leak(
 
 def test_a_catalog_without_the_column_is_not_checked_for_copies(packed: Pack, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object) -> None:
-        raise DataError("the metadata have no column likeness")
+        raise DataError("the metadata have no column likeness", do="pack again")
 
     monkeypatch.setattr(leakage, "near_overlap", missing)
     found = find(*sides(packed(chips(0), chips(1))))

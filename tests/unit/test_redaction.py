@@ -59,8 +59,8 @@ def leaky(draw: st.DrawFn) -> str:
 
 
 OUTPUTS: dict[str, Callable[[str], object]] = {
-    "what happened": lambda text: DataError(text),
-    "where": lambda text: DataError("x", where=text),
+    "what happened": lambda text: DataError(text, do="y"),
+    "where": lambda text: DataError("x", where=text, do="y"),
     "what to do": lambda text: DataError("x", do=text),
     "the fields of an error": lambda text: vars(DataError(text, where=text, do=text)),
     "a problem of the configuration": lambda text: Problem("tracking.uri", text, "text"),

@@ -212,7 +212,7 @@ def test_tasks_are_answered_in_their_order_and_an_error_comes_where_its_task_sto
     def square(n: int) -> int:
         time.sleep(0.01 * (n % 3 == 0))  # later tasks are done first
         if n == 20:
-            raise DataError("the twentieth")
+            raise DataError("the twentieth", do="nothing")
         return n * n
 
     answers = in_order(square, iter(range(100)), workers)

@@ -86,6 +86,13 @@ def test_code_that_was_copied_beside_a_job_knows_its_commit(tmp_path: Path, reco
     assert _commit(tmp_path / "code") == commit
 
 
+def test_an_installed_package_knows_the_commit_of_its_image(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SAR_FOUNDATION_COMMIT", "abc")
+    assert _commit(tmp_path / "site-packages") == "abc"
+    (tmp_path / "submission.json").write_text('{"commit": "def", "dirty": false}')
+    assert _commit(tmp_path / "code") == "def", "a job brings its own code"
+
+
 def test_throughput_counts_images_and_waiting_from_one_reading_to_the_next() -> None:
     now = [0.0]
     meter = Throughput(lambda: now[0])
