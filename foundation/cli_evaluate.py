@@ -63,7 +63,7 @@ def evaluate_command(
     best: Annotated[bool, typer.Option("--best", help="The checkpoint that the online probe found best")] = False,
 ) -> None:
     """Score an encoder, beside the untrained encoder, the pixels and the background-only control."""
-    from foundation.evaluation.leakage import warnings
+    from foundation.evaluation.leakage import verdicts
     from foundation.evaluation.protocols import Options
     from foundation.evaluation.runs import evaluate_run
     from foundation.evaluation.scores import to_table
@@ -88,8 +88,9 @@ def evaluate_command(
     console.print(to_table(scores))
     if protocol.value == "all" and (few := set(counts) - {score.settings.get("shots") for score in scores}):
         show("left out", f"{', '.join(map(str, sorted(few)))} shots: a class has fewer training images")
-    for line in warnings(scores):
-        console.print(f"[bold red]{escape(line)}[/]", highlight=False, soft_wrap=True)
+    for sentence, verdict in verdicts(scores).items():
+        style = "bold red" if verdict == "leaked" else ""
+        console.print(escape(f"leakage       {sentence}"), style=style, highlight=False, soft_wrap=True)
 
 
 def splits_command(

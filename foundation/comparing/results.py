@@ -11,6 +11,7 @@ from typing import Any
 from foundation.comparing.cells import MARK, finished
 from foundation.comparing.plan import Cell, Comparison
 from foundation.config import config_hash
+from foundation.evaluation.leakage import verdicts
 from foundation.evaluation.panels import read_metrics
 from foundation.evaluation.protocols import RANDOM
 from foundation.evaluation.scores import Score, from_rows, t_interval
@@ -50,6 +51,8 @@ class Results:
     health: dict[str, dict[str, float]]
     missing: tuple[str, ...]
     warnings: tuple[str, ...]
+    clean: tuple[str, ...]
+    """what was compared and found to be apart"""
     facts: dict[str, Any]
 
 
@@ -92,7 +95,7 @@ def collect(comparison: Comparison) -> Results:
         told = "; ".join(sorted(f"{data}, train {str(train)[:8]}" for data, train in tests))
         do = "delete judged.json of the cells with the older ones, and run the comparison again"
         raise DataError(f"cells were judged on different images: {told}", where=str(comparison.folder), do=do)
-    return Results(protocols, rows, controls, health, missing, warnings(every), facts(comparison))
+    return Results(protocols, rows, controls, health, missing, *leakage(every), facts(comparison))
 
 
 def _networks(rows: Mapping[str, list[Value]]) -> list[list[str]]:
@@ -109,12 +112,12 @@ def _scores(cell: Cell) -> list[Score]:
     return [s for s in from_rows(mark["scores"]) if s.metric == METRIC]
 
 
-def warnings(scores: Sequence[Score]) -> tuple[str, ...]:
-    """Why scores may be too good: what the leakage reports say, and groups on both sides of the split."""
-    verdicts = [s.settings.get("leakage") or {} for s in scores]
-    found = [str(v["sentence"]) for v in verdicts if v.get("verdict") in ("leaked", "unknown")]
+def leakage(scores: Sequence[Score]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the leakage reports say, and groups on both sides of the split: why scores may be too good, and why not."""
+    found = verdicts(scores)
     shared = {int(s.settings.get("shared_groups") or 0) for s in scores} - {0}
-    return tuple(dict.fromkeys([*found, *(f"train and test share {n} groups" for n in shared)]))
+    bad = [*(s for s, word in found.items() if word != "clean"), *(f"train and test share {n} groups" for n in shared)]
+    return tuple(bad), tuple(s for s, word in found.items() if word == "clean")
 
 
 def _values(by_seed: dict[int, list[Score]], encoder: str, protocol: str) -> dict[int, float]:

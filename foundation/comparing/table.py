@@ -42,7 +42,7 @@ def caption(comparison: Comparison, results: Results) -> list[str]:
     seeds = ", ".join(map(str, f["seeds"]))
     unlike = [key for key in f["differing"] if not key.startswith(("objective.", "model."))]
     lines = [
-        *(f"WARNING: {warning}." for warning in results.warnings),
+        *(f"WARNING: {warning.rstrip('.')}." for warning in results.warnings),
         f"Accuracy in %: mean over pretraining seeds {seeds} ± half of the 95 % t-interval; few-shot scores are means "
         f"over {spec.evaluate.draws} draws. In brackets the difference from {spec.rows[0].name}, paired by seed, and "
         "what is shown of it, if its 95 % interval leaves out 0 (no correction for the number of rows).",
@@ -55,6 +55,7 @@ def caption(comparison: Comparison, results: Results) -> list[str]:
             lines.append(
                 f"Spearman's correlation of {protocol} with the published column: {found[0]:+.2f} over {found[1]} rows."
             )
+    lines += [f"Leakage: {sentence}" for sentence in results.clean]
     if results.missing:
         lines.append(f"Not finished, so not in the table: {', '.join(results.missing)}.")
     return lines

@@ -139,7 +139,7 @@ def record(run: Path, found: Leakage, tested: Catalog) -> dict[str, Any]:
     return {"pretrained_on_test_images": found.images, "leakage": found.as_json()}
 
 
-def warnings(scores: Sequence[Score]) -> list[str]:
-    """What has to be said in red beside these scores: the sentences of every leak."""
-    verdicts = [score.settings.get("leakage") or {} for score in scores]
-    return list(dict.fromkeys(v["sentence"] for v in verdicts if v.get("verdict") == "leaked"))
+def verdicts(scores: Sequence[Score]) -> dict[str, Word]:
+    """What has to be said beside these scores: the sentence of every leakage report, and its verdict."""
+    found = [score.settings.get("leakage") or {} for score in scores]
+    return {one["sentence"]: one["verdict"] for one in found if "sentence" in one}

@@ -58,8 +58,9 @@ class Score:
         if isinstance(seen := self.settings.get("pretrained_on_test_images"), int) and seen:
             parts.append(f"PRETRAINED ON {seen} OF THE TEST IMAGES")
         verdict = self.settings.get("leakage")
-        if isinstance(verdict, dict) and verdict.get("verdict") in ("unknown", "leaked"):
-            parts.append(str(verdict["sentence"]))
+        if isinstance(verdict, dict) and "sentence" in verdict:
+            clean = verdict.get("verdict") == "clean"
+            parts.append("no test image learnt" if clean else str(verdict["sentence"]))
         if shared := self.settings.get("shared_groups"):
             parts.append(f"TRAIN AND TEST SHARE {shared} GROUPS")
         return ", ".join(parts)

@@ -77,8 +77,7 @@ def profile(config: Config, steps: int, warmup: int) -> Profile | None:
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    engine = engines.start(config)
-    try:
+    with engines.running(config) as engine:
         updates = Updates(config, engine, warmup + 3 * steps)
         updates.run(warmup)
         plain = updates.run(steps)
@@ -98,8 +97,6 @@ def profile(config: Config, steps: int, warmup: int) -> Profile | None:
                         (*files, folder / SUMMARY))  # fmt: skip
         write_whole(folder / SUMMARY, page(found))
         return found
-    finally:
-        engine.close()
 
 
 def traced(updates: Updates, steps: int, folder: Path, engine: Engine) -> tuple[list[Operator], float, list[Path]]:

@@ -45,7 +45,8 @@ def eight_bits(model: nn.Module, emulate: bool) -> nn.Module:
     """Let the products of each unit round their operands to float8 with one scale per tensor (torchao).
 
     `emulate` rounds and multiplies in the precision of the run, on devices that have no such products. Layers whose
-    widths are no multiples of 16 stay as they are. Raises LaunchError without torchao.
+    widths are no multiples of 16 stay as they are; numbers of tokens that are none are padded, for the gradient of the
+    weights. Raises LaunchError without torchao.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -57,7 +58,8 @@ def eight_bits(model: nn.Module, emulate: bool) -> nn.Module:
         return isinstance(module, nn.Linear) and not (module.in_features % 16 or module.out_features % 16)
 
     for unit in units(model):
-        convert_to_float8_training(unit, config=Float8LinearConfig(emulate=emulate), module_filter_fn=fits)
+        config = Float8LinearConfig(emulate=emulate, pad_inner_dim=True)
+        convert_to_float8_training(unit, config=config, module_filter_fn=fits)
     return model
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from foundation.config import Config
 from foundation.errors import ConfigError, LaunchError
 from foundation.training.declared import declared
 from foundation.training.engine import DDP, Engine
+from foundation.training.stopping import Stopped
 
 
 class Row(NamedTuple):
@@ -38,6 +40,22 @@ ENGINES = {
     "zero2": Row(_lazy("zero", "Zero2"), "DeepSpeed: moments and gradients spread", NO_ZERO),
     "zero3": Row(_lazy("zero", "Zero3"), "DeepSpeed: parameters, moments and gradients spread", NO_ZERO),
 }
+
+
+@contextmanager
+def running(config: Config) -> Iterator[Engine]:
+    """`start`, and `close` where all ranks leave together: at the end, and when the run was asked to stop.
+
+    Not after an error: taking down NCCL waits for ranks that wait for this one in a collective, so the process would
+    not end, its message not be seen, and the launcher, which ends the others, not know. Raises as `start`.
+    """
+    engine = start(config)
+    try:
+        yield engine
+    except Stopped:
+        engine.close()
+        raise
+    engine.close()
 
 
 def start(config: Config) -> Engine:

@@ -63,15 +63,10 @@ def train(config: Config, resume: bool = True) -> Path:
     """
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
-    engine = engines.start(config)
-    first = engine.rank == 0
-    try:
-        with ExitStack() as held:
-            ranks = engine.ranks()
-            everywhere(ranks, lambda: [held.enter_context(owned(f)) for f in written(config)] if first else None)
-            return _train(config, engine, ranks, resume)
-    finally:
-        engine.close()
+    with engines.running(config) as engine, ExitStack() as held:
+        first, ranks = engine.rank == 0, engine.ranks()
+        everywhere(ranks, lambda: [held.enter_context(owned(f)) for f in written(config)] if first else None)
+        return _train(config, engine, ranks, resume)
 
 
 def written(config: Config) -> list[Path]:

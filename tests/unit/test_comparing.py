@@ -291,7 +291,7 @@ def test_ranks_are_put_beside_published_ones_where_there_are_four(compared: Call
 
     def results(means: list[float]) -> Results:
         values = {f"R{i}": [Value(f"R{i}", "knn", m, m, m, (m,))] for i, m in enumerate(means)}
-        return Results(("knn",), values, {}, {}, (), (), collect(found).facts)
+        return Results(("knn",), values, {}, {}, (), (), (), collect(found).facts)
 
     assert rank_correlation(found, results([0.4, 0.3, 0.2, 0.1]), "knn") == (1.0, 4)
     assert rank_correlation(found, results([0.4, 0.3, 0.2]), "knn") is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +24,7 @@ from foundation.training.declared import declared
 from foundation.training.engine import Engine
 from foundation.training.setup import build_learner
 from foundation.training.step import train_step
+from foundation.training.stopping import Stopped
 from foundation.training.zero import Zero1
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -189,6 +191,29 @@ def test_products_in_eight_bits_learn_nearly_what_bf16_learns(tiny_config: Make)
             engine.close()
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert losses[0] != losses[1]
+
+
+def test_numbers_of_tokens_that_eight_bits_cannot_multiply_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner: list[int] = []
+    multiply = torch._scaled_mm
+    monkeypatch.setattr(torch, "_scaled_mm", lambda a, *b, **c: inner.append(a.shape[1]) or multiply(a, *b, **c))
+    model = nn.Sequential(nn.Linear(64, 192)).bfloat16()
+    model.shard_unit = True  # type: ignore[assignment]
+    eight_bits(model, emulate=False)
+    model(torch.randn(5, 200, 64, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    assert inner == [64, 192, 1008]  # 5 x 200 tokens: a GPU takes multiples of 16
+
+
+@pytest.mark.parametrize(("error", "left"), [(None, True), (Stopped(8, "asked"), True), (OSError("disk"), False)])
+def test_a_group_is_taken_down_where_all_leave_and_not_by_one_that_failed(
+    monkeypatch: pytest.MonkeyPatch, tiny_config: Make, error: Exception | None, left: bool
+) -> None:
+    closed: list[bool] = []
+    monkeypatch.setattr(Engine, "close", lambda self: closed.append(True))
+    with pytest.raises(type(error)) if error else nullcontext(), engines.running(tiny_config("train.engine=single")):
+        if error:
+            raise error
+    assert bool(closed) == left
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from foundation.evaluation import leakage
-from foundation.evaluation.leakage import find, record, warnings
+from foundation.evaluation.leakage import find, record, verdicts
 from foundation.evaluation.scores import score
 from foundation.files import read_json
 from shards import audit, metadata, synthetic
@@ -193,8 +193,10 @@ def test_the_worst_verdict_of_a_run_is_not_hidden_by_a_later_one(packed: Pack, t
     assert kept["examples"] == ["learnt: 1-0 = tested: 1-0"]
     assert {one["verdict"] for one in kept["tests"].values()} == {"leaked", "clean"}
     y = torch.tensor([0, 1])
-    rows = [score("pretrained", "knn", "accuracy", y, [y], (0,), given) for given in ({}, facts, facts)]
-    assert warnings(rows) == [facts["leakage"]["sentence"]]
+    clean = record(tmp_path, find(learnt, other), other)
+    rows = [score("pretrained", "knn", "accuracy", y, [y], (0,), given) for given in ({}, facts, facts, clean)]
+    assert verdicts(rows) == {facts["leakage"]["sentence"]: "leaked", clean["leakage"]["sentence"]: "clean"}
+    assert rows[3].origin == "no test image learnt", "a clean score says so too"
 
 
 def test_synthetic_chips_of_train_and_test_are_not_taken_for_copies(catalog: Path) -> None:
