@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from foundation.config import config_hash
@@ -13,26 +13,29 @@ LEAKED = "pretrained_on_test_images"
 
 
 def card(source: Source, title: str, loading: str, front: dict[str, Any] | None = None) -> str:
-    """A README.md: `loading` is the code that loads the folder, `front` the YAML in front of a page of the hub."""
+    """A README.md from `card.md.j2`: `loading` is the code that loads the folder, `front` the YAML in front of a page
+    of the hub."""
     import yaml
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    head = ""
-    if front is not None:
-        head = f"---\n{yaml.safe_dump(front, sort_keys=False)}# license: not set; see below\n---\n\n"
-    sections = {
-        "Weights": _list(weights(source)),
-        "Input": _input(source),
-        "Loading": f"```python\n{loading.strip()}\n```",
-        "Scores": _scores(source),
-        "Leakage": _leakage(source),
-        "Intended use": (
-            "Features of SAR amplitude images for research: classification with few labels, retrieval, the backbone\n"
-            "of a detector. Its data are those named above; what it does on other sensors, bands and resolutions has\n"
-            "to be measured."
-        ),
-        "Licence": "Not set: whoever publishes these weights chooses it, within the terms of the training data.",
-    }
-    return f"{head}# {title}\n\n" + "\n\n".join(f"## {name}\n\n{text}" for name, text in sections.items()) + "\n"
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=False,  # noqa: S701  (Markdown)
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return pages.get_template("card.md.j2").render(
+        front=None if front is None else yaml.safe_dump(front, sort_keys=False),
+        title=title,
+        weights=weights(source),
+        encoder=source.encoder,
+        side=source.image_size,
+        vector="the class token" if source.pool == "token" else "the mean of the patch tokens",
+        loading=loading.strip(),
+        scores=_scores(source),
+        leakage=_leakage(source),
+    )
 
 
 def weights(source: Source) -> dict[str, str]:
@@ -55,21 +58,6 @@ def weights(source: Source) -> dict[str, str]:
         "weights": "running average" if source.averaged else "those of the last update",
         "configuration": f"`{config.name}`, hash `{config_hash(config)}`",
     }
-
-
-def _list(facts: dict[str, str]) -> str:
-    return "\n".join(f"- {name}: {text}" for name, text in facts.items())
-
-
-def _input(source: Source) -> str:
-    encoder, side = source.encoder, source.image_size
-    vector = "the class token" if source.pool == "token" else "the mean of the patch tokens"
-    return (
-        f"fp32 `[B, {encoder.channels}, H, W]` in [0, 1]: amplitude by the rule of the catalog,\n"
-        "`clip(a / scale, 0, 1)` or its logarithm; **no mean or standard deviation** is taken out. Channels: "
-        f"{encoder.channels}. H and W are\nmultiples of {encoder.patch}; trained at {side} x {side}. "
-        f"Features are {vector} after the final norm."
-    )
 
 
 def _scores(source: Source) -> str:

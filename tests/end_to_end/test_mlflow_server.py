@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +15,7 @@ import pytest
 import torch
 from mlflow import pyfunc
 from mlflow.artifacts import download_artifacts
+from mlflow_server import Server
 from processes import finish, position, start, wait
 
 from foundation.config import Config, from_dict, load
@@ -39,44 +35,6 @@ Make = Callable[..., Config]
 Command = Callable[..., Any]
 LONG = 600.0  # seconds after which something is stuck
 Points = dict[str, list[tuple[int, int, float]]]
-
-
-class Server:
-    """`mlflow server` on a free port of loopback, with a database and artifacts of its own; it keeps both when down."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri, self.folder = f"http://127.0.0.1:{self.port}", folder
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        """Returns when it answers; nothing is done where it does."""
-        if self._process:
-            return
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), "--workers", "1"]
-        command += ["--backend-store-uri", f"sqlite:///{self.folder / 'mlflow.db'}"]
-        command += ["--artifacts-destination", str(self.folder / "artifacts")]
-        quiet = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with (self.folder / "log").open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=quiet, process_group=0)
-        end = time.monotonic() + LONG
-        while time.monotonic() < end:
-            assert self._process.poll() is None, (self.folder / "log").read_text()
-            with socket.socket() as tried:
-                if tried.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            time.sleep(0.1)
-        raise AssertionError("the server does not start")
-
-    def kill(self) -> None:
-        """Like a machine that fails."""
-        if self._process:
-            with suppress(ProcessLookupError):  # it has ended by itself, and said why in its log
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._process = None
 
 
 @pytest.fixture(scope="module")

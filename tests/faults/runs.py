@@ -40,6 +40,16 @@ def valid(run: Path) -> set[str]:
     return {name for name in folder.names() if name.startswith("samples-") and flaw(folder / name) is None}
 
 
+def lost(run: Path, whole: Path, stride: int, before: set[str] | None = None) -> tuple[int, int]:
+    """Samples that were not read as in the `whole` run, in updates of `stride`, and checkpoints that are gone.
+
+    Those of `before` (default: of the whole run) have to be there and whole.
+    """
+    seen = {row["position"]: row.get("samples_hash") for row in record(run)}
+    missing = [row for row in record(whole) if seen.get(row["position"]) != row["samples_hash"]]
+    return stride * len(missing), len((valid(whole) if before is None else before) - valid(run))
+
+
 class Bench:
     """An undisturbed run, and what disturbed ones are compared with."""
 
@@ -95,11 +105,6 @@ class Bench:
         return seconds
 
     def _judge(self, fault: str, run: Path, before: set[str], code: int, seconds: float, said: str) -> Trial:
-        ours, theirs = record(run), record(self.whole)
-        seen = {row["position"]: row.get("samples_hash") for row in ours}
-        lost = [row for row in theirs if seen.get(row["position"]) != row["samples_hash"]]
-        gone = before - valid(run)
-        same = ours == theirs and same_state(run, self.whole)
+        same = record(run) == record(self.whole) and same_state(run, self.whole)
         note = said.strip()[:120] or (f"exit code {code}" if code else "went on")
-        stride = self.config.train.global_batch
-        return Trial(fault, same, stride * len(lost), len(gone), seconds, note)
+        return Trial(fault, same, *lost(run, self.whole, self.config.train.global_batch, before), seconds, note)

@@ -143,8 +143,8 @@ def registries() -> Iterator[None]:
 def test_the_guide_runs_as_it_stands(
     command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Page after page in one folder beside `configs` and `launch`; other commands than ours are given to bash."""
-    for name in ("configs", "launch"):
+    """Page after page in one folder beside `configs`, `launch` and `tests`; other commands than ours are given to bash."""
+    for name in ("configs", "launch", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     ran = 0
@@ -161,7 +161,7 @@ def test_the_guide_runs_as_it_stands(
                 else:
                     subprocess.run(["bash", "-ceu", line], check=True)
             ran += block.language in ("python", "bash")
-    assert ran >= 20
+    assert ran >= 24
     for made in ("runs/demo/report.html", "mine/contact-sheet.png", "mine/audit.html", "curves.png"):
         assert (tmp_path / made).stat().st_size > 1000
 
