@@ -84,8 +84,8 @@ def save(
     """Write the checkpoint of `position` (samples seen) below a folder or URL, all `ranks` together; returns where.
 
     `tensors` are plain (equal on all ranks) or DTensors; `state` holds JSON values. Afterwards the newest `keep`
-    checkpoints, those at multiples of `keep_every` samples, those with a file PIN and this one remain. With
-    a `score` (of rank 0) that is the best so far this one is pinned, instead of the one that was. Raises
+    checkpoints, the first at or after each multiple of `keep_every` samples, those with a file PIN and this one
+    remain. With a `score` (of rank 0) that is the best so far this one is pinned, instead of the one that was. Raises
     CheckpointError on every rank when one of them cannot write; earlier checkpoints are untouched then.
     """
     first, folder, name = ranks.rank == 0, place(location), f"{PREFIX}{position:012d}"

@@ -41,12 +41,17 @@ def commit(draft: Place, folder: Place, name: str, files: Mapping[str, Facts]) -
 
 
 def tidy(folder: Place, newest: str, keep: int, keep_every: int | None) -> None:
-    """Move the `latest` pointer and remove what retention does not keep; a file PIN in a checkpoint keeps it."""
+    """Move the `latest` pointer and remove what retention does not keep; a file PIN in a checkpoint keeps it.
+
+    Positions need not be multiples of `keep_every`: the first checkpoint at or after each multiple is kept.
+    """
     folder.point(newest)
     valid = [name for name in candidates(folder) if flaw(folder / name) is None]
+    # Newest first, so that the oldest of each span is what remains: later saves cannot change it.
+    milestones = {position_of(name) // keep_every: name for name in valid} if keep_every else {}
+    milestones.pop(0, None)
     for name in valid[max(keep, 1) :]:
-        milestone = keep_every is not None and position_of(name) % keep_every == 0
-        if name != newest and not milestone and PIN not in (folder / name).names():
+        if name not in (newest, *milestones.values()) and PIN not in (folder / name).names():
             (folder / name).remove()
     for stray in strays(folder / newest):
         (folder / newest / stray).remove()
