@@ -5,7 +5,7 @@
         tensors/*.safetensors   the pieces that each process holds
         tensors/index.json      where the pieces of every tensor are, and their places in the whole
         state.json              plain values: position, configuration, fingerprint, ...
-        manifest.json           format, position, bytes and sha256 of every file
+        manifest.json           format, position, bytes and sha256 of every file, score by the online probe
         COMMIT
       latest                    the name of the newest one, for people; discovery looks for itself
 
@@ -102,7 +102,7 @@ def save(
                 files[f"{STATE}{mark}.json"] = write(folder / draft / f"{STATE}{mark}.json", _text(state))
                 if leads and score:
                     write_pin(folder / draft, score)
-                commit(folder / draft, folder, name, files)
+                commit(folder / draft, folder, name, files, score.facts() if score else None)
 
             everywhere(ranks, lambda: finish() if first else None)
     except BaseException:
@@ -113,8 +113,7 @@ def save(
         raise
     if first:
         try:
-            if score:
-                settle(folder, name, leads)
+            settle(folder, name)
             tidy(folder, name, keep, keep_every)
         except Failure as error:
             log.warning("old checkpoints in %s could not be removed: %s", folder, said(error))

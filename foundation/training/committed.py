@@ -31,10 +31,10 @@ def write(file: Place, text: str) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def commit(draft: Place, folder: Place, name: str, files: Mapping[str, Facts]) -> None:
+def commit(draft: Place, folder: Place, name: str, files: Mapping[str, Facts], score: Facts | None = None) -> None:
     """Write manifest and COMMIT, each on the disk before the next, and let the checkpoint appear in `folder`."""
     position = position_of(name)
-    facts = {"format": FORMAT, "position": position, "files": dict(sorted(files.items()))}
+    facts = {"format": FORMAT, "position": position, "files": dict(sorted(files.items())), "score": score}
     write(draft / "manifest.json", json.dumps({**facts, "torch": str(torch.__version__)}, indent=1) + "\n")
     write(draft / "COMMIT", f"{position}\n")
     folder.publish(draft, name)
