@@ -62,7 +62,7 @@ from foundation.training.places import Location, Place, place
 from foundation.training.ranks import ALONE, OtherRankError, Ranks, everywhere, together
 from shards.errors import DataError
 
-__all__ = ["best", "check_tensors", "latest", "lend", "load", "read", "restore", "save", "shapes"]
+__all__ = ["best", "check_tensors", "latest", "lend", "load", "read", "resolve", "restore", "save", "shapes"]
 
 log = logging.getLogger(__name__)
 _UNREADABLE = (*Failure, ValueError, RuntimeError, MemoryError, OverflowError, CheckpointException)
@@ -250,6 +250,14 @@ def _fill(path: Place, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     """Name → shape."""
     return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def resolve(location: Path | str, by_probe: bool = False) -> Location:
+    """The one checkpoint that `location` names: itself, or the newest valid one or the one that the probe found best.
+
+    What reads several times resolves once: a run that goes on may commit another in between. Raises CheckpointError.
+    """
+    return best(location) if by_probe else _newest(place(location)).location
 
 
 def load(location: Path | str, prefix: str | None = "") -> dict[str, Any]:

@@ -40,7 +40,8 @@ def make_run(root: Path, config: Config, position: int = 4096, pin: bool = False
     tensors = {f"model.{name}": value for name, value in state.items()}
     tensors |= {f"ema.{name}": value / 2 for name, value in state.items()}
     facts = {"position": position, "fingerprint": "f1a9" * 16, "config": to_dict(config), "run_id": None}
-    checkpoint.save(root / "checkpoints", tensors, facts, position, score=Probed(0.5, "probe") if pin else None)
+    where = config.train.checkpoints or root / "checkpoints"
+    checkpoint.save(where, tensors, facts, position, score=Probed(0.5, "probe") if pin else None)
     return root
 
 
