@@ -67,13 +67,12 @@ def evaluate_command(
     from foundation.evaluation.protocols import Options
     from foundation.evaluation.runs import evaluate_run
     from foundation.evaluation.scores import to_table
-    from foundation.training.checkpoint import best as best_of
 
     check_device(device)
     counts = integers(shots, "--shots")
     with working("reading the images") as tell:
         scores = evaluate_run(
-            Path(best_of(checkpoint)) if best else checkpoint,
+            checkpoint,
             data,
             protocol.value,
             Options(mode.value, recipe.value, counts, range(seeds), epochs),
@@ -83,6 +82,7 @@ def evaluate_command(
             crop=crop or None,
             device=device,
             averaged=ema,
+            best=best,
             progress=lambda what, done, total: tell(f"{what}: {done:,} of {total:,}" if done else what),
         )
     console.print(to_table(scores))

@@ -265,7 +265,9 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(default=947_760, ge=1, description="samples between two checkpoints")
     keep: int = Field(default=3, ge=1, description="newest checkpoints to keep")
     keep_every: int | None = Field(
-        default=None, ge=1, description="also keep checkpoints at multiples of so many samples; null: none"
+        default=None,
+        ge=1,
+        description="also keep the first checkpoint at or after each multiple of so many samples; null: none",
     )
     checkpoints: str | None = Field(
         default=None,

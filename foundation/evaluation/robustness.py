@@ -130,8 +130,9 @@ def robustness_run(
     Learnt is the train split of the catalog `data`, tested its test split or that of `test`. Rows are kept in the run's
     `robustness.json` with the weights, the data and the verdict on leakage, which is returned too.
     """
-    encoder, config = load_encoder(path, device, averaged)
-    state = checkpoint.load(path, None)
+    place = checkpoint.resolve(path)
+    encoder, config = load_encoder(place, device, averaged)
+    state = checkpoint.load(place, None)
     train, tested = (
         ruled(load_catalog(root, cache=cache(config.data)), config.data, known=True).select(split)
         for root, split in ((data, "train"), (test or data, "test"))

@@ -46,6 +46,7 @@ def judge_run(
     crop: int | None = None,
     device: str = "cpu",
     averaged: bool = False,
+    best: bool = False,
     controls: bool = True,
     report: bool = True,
     progress: Report | None = None,
@@ -53,15 +54,17 @@ def judge_run(
     """Judge the encoder at `path` (run folder or checkpoint) on the catalog `data`, train split against test split.
 
     `split` names a split file that says which images of the catalogs these are; `averaged` takes the running average of
-    the weights. Every score records its weights (samples seen), data, split and whether the encoder was pretrained on
-    test images. The scores join those in the run's `scores.json` and `.md`, replacing the same measurement, the answers
-    those in `predictions`; the run's report (if `report`) is brought up to date and so is, below its run in MLflow, one
-    for each protocol. Without `controls` only the untrained encoder stands beside. Returns the new scores.
+    the weights, `best` the checkpoint that the probe found best instead of the newest. Every score records its weights
+    (samples seen), data, split and whether the encoder was pretrained on test images. The scores join those in the
+    run's `scores.json` and `.md`, replacing the same measurement, the answers those in `predictions`; the run's report
+    (if `report`) is brought up to date and so is, below its run in MLflow, one for each protocol. Without `controls`
+    only the untrained encoder stands beside. Returns the new scores.
     """
     options = options or Options()
     refuse_foreign(path)
-    encoder, config = load_encoder(path, device, averaged)
-    state = checkpoint.load(path, None)
+    place = checkpoint.resolve(path, best)
+    encoder, config = load_encoder(place, device, averaged)
+    state = checkpoint.load(place, None)
     chosen = choose(data, test, config.data, split, allow_shared_groups=allow_shared_groups)
     pictures, run = training_data(config), run_folder(path)
     split_file, draws = chosen.keep(run)

@@ -17,7 +17,7 @@ from foundation.training.committed import (
     position_of,
     said,
 )
-from foundation.training.pins import pinned
+from foundation.training.pins import best_of, pinned
 from foundation.training.places import Folder, Place
 
 
@@ -51,10 +51,9 @@ def checkpoints(run: Path, events: Sequence[Mapping[str, Any]]) -> Checkpoints:
     if isinstance(folder, Folder) and folder.path == run:  # a run without any
         return Checkpoints(str(run / "checkpoints"), [], len(saved), "")
     try:
-        names, scores = candidates(folder), pinned(folder)
+        names, scores, best = candidates(folder), pinned(folder), best_of(folder)
         flaws = {name: flaw(folder / name) for name in names}
         good = [name for name in names if flaws[name] is None]
-        best = max((n for n in good if n in scores), key=lambda name: scores[name].value, default=None)
         found = []
         for name in names:
             event, there = saved.get(position_of(name), {}), folder / name

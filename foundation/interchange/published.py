@@ -280,6 +280,7 @@ def load_encoder(path: Path | str, device: str = "cpu", averaged: bool = False) 
     Of I-JEPA it is the teacher, as published. `averaged` takes the running average of the weights. Raises
     CheckpointError where the run kept none.
     """
+    path = checkpoint.resolve(path)
     config = from_dict(checkpoint.load(path, None)["config"])
     state = checkpoint.load(path, "ema.encoder." if averaged else f"model.{build(config).evaluated}.")
     if averaged and not state["tensors"]:

@@ -70,8 +70,8 @@ def open_source(run: Path, averaged: bool = False, best: bool = False, pool: str
     """
     from foundation.evaluation.runs import run_folder
 
-    folder: Path | str = checkpoint.best(run) if best else run
-    encoder, config = load_encoder(folder, averaged=averaged)
+    place = checkpoint.resolve(run, best)
+    encoder, config = load_encoder(place, averaged=averaged)
     with_backend(encoder, "auto")
     if pool == "token" and not encoder.class_tokens:
         raise CheckpointError(
@@ -84,7 +84,7 @@ def open_source(run: Path, averaged: bool = False, best: bool = False, pool: str
     return Source(
         encoder,
         config,
-        checkpoint.load(folder, None),
+        checkpoint.load(place, None),
         averaged,
         pool or ("token" if encoder.class_tokens else "avg"),
         tuple(from_rows(read_json(scores))) if scores.exists() else (),

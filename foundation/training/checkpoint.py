@@ -5,7 +5,7 @@
         tensors/*.safetensors   the pieces that each process holds
         tensors/index.json      where the pieces of every tensor are, and their places in the whole
         state.json              plain values: position, configuration, fingerprint, ...
-        manifest.json           format, position, bytes and sha256 of every file
+        manifest.json           format, position, bytes and sha256 of every file, score by the online probe
         COMMIT
       latest                    the name of the newest one, for people; discovery looks for itself
 
@@ -62,7 +62,7 @@ from foundation.training.places import Location, Place, place
 from foundation.training.ranks import ALONE, OtherRankError, Ranks, everywhere, together
 from shards.errors import DataError
 
-__all__ = ["best", "check_tensors", "latest", "lend", "load", "read", "restore", "save", "shapes"]
+__all__ = ["best", "check_tensors", "latest", "lend", "load", "read", "resolve", "restore", "save", "shapes"]
 
 log = logging.getLogger(__name__)
 _UNREADABLE = (*Failure, ValueError, RuntimeError, MemoryError, OverflowError, CheckpointException)
@@ -84,8 +84,8 @@ def save(
     """Write the checkpoint of `position` (samples seen) below a folder or URL, all `ranks` together; returns where.
 
     `tensors` are plain (equal on all ranks) or DTensors; `state` holds JSON values. Afterwards the newest `keep`
-    checkpoints, those at multiples of `keep_every` samples, those with a file PIN and this one remain. With
-    a `score` (of rank 0) that is the best so far this one is pinned, instead of the one that was. Raises
+    checkpoints, the first at or after each multiple of `keep_every` samples, those with a file PIN and this one
+    remain. With a `score` (of rank 0) that is the best so far this one is pinned, instead of the one that was. Raises
     CheckpointError on every rank when one of them cannot write; earlier checkpoints are untouched then.
     """
     first, folder, name = ranks.rank == 0, place(location), f"{PREFIX}{position:012d}"
@@ -102,7 +102,7 @@ def save(
                 files[f"{STATE}{mark}.json"] = write(folder / draft / f"{STATE}{mark}.json", _text(state))
                 if leads and score:
                     write_pin(folder / draft, score)
-                commit(folder / draft, folder, name, files)
+                commit(folder / draft, folder, name, files, score.facts() if score else None)
 
             everywhere(ranks, lambda: finish() if first else None)
     except BaseException:
@@ -113,8 +113,7 @@ def save(
         raise
     if first:
         try:
-            if score:
-                settle(folder, name, leads)
+            settle(folder, name)
             tidy(folder, name, keep, keep_every)
         except Failure as error:
             log.warning("old checkpoints in %s could not be removed: %s", folder, said(error))
@@ -251,6 +250,14 @@ def _fill(path: Place, tensors: Mapping[str, Tensor], ranks: Ranks) -> None:
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     """Name → shape."""
     return {name: tensor.shape for name, tensor in tensors.items()}
+
+
+def resolve(location: Path | str, by_probe: bool = False) -> Location:
+    """The one checkpoint that `location` names: itself, or the newest valid one or the one that the probe found best.
+
+    What reads several times resolves once: a run that goes on may commit another in between. Raises CheckpointError.
+    """
+    return best(location) if by_probe else _newest(place(location)).location
 
 
 def load(location: Path | str, prefix: str | None = "") -> dict[str, Any]:

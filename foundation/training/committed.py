@@ -31,22 +31,27 @@ def write(file: Place, text: str) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def commit(draft: Place, folder: Place, name: str, files: Mapping[str, Facts]) -> None:
+def commit(draft: Place, folder: Place, name: str, files: Mapping[str, Facts], score: Facts | None = None) -> None:
     """Write manifest and COMMIT, each on the disk before the next, and let the checkpoint appear in `folder`."""
     position = position_of(name)
-    facts = {"format": FORMAT, "position": position, "files": dict(sorted(files.items()))}
+    facts = {"format": FORMAT, "position": position, "files": dict(sorted(files.items())), "score": score}
     write(draft / "manifest.json", json.dumps({**facts, "torch": str(torch.__version__)}, indent=1) + "\n")
     write(draft / "COMMIT", f"{position}\n")
     folder.publish(draft, name)
 
 
 def tidy(folder: Place, newest: str, keep: int, keep_every: int | None) -> None:
-    """Move the `latest` pointer and remove what retention does not keep; a file PIN in a checkpoint keeps it."""
+    """Move the `latest` pointer and remove what retention does not keep; a file PIN in a checkpoint keeps it.
+
+    Positions need not be multiples of `keep_every`: the first checkpoint at or after each multiple is kept.
+    """
     folder.point(newest)
     valid = [name for name in candidates(folder) if flaw(folder / name) is None]
+    # Newest first, so that the oldest of each span is what remains: later saves cannot change it.
+    milestones = {position_of(name) // keep_every: name for name in valid} if keep_every else {}
+    milestones.pop(0, None)
     for name in valid[max(keep, 1) :]:
-        milestone = keep_every is not None and position_of(name) % keep_every == 0
-        if name != newest and not milestone and PIN not in (folder / name).names():
+        if name not in (newest, *milestones.values()) and PIN not in (folder / name).names():
             (folder / name).remove()
     for stray in strays(folder / newest):
         (folder / newest / stray).remove()

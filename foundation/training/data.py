@@ -177,6 +177,7 @@ def report_replaced(config: Config, batches: Sequence[Batch], rank: int) -> int:
         raise DataError(found[0].reason, do="restore the shard and resume, or go on with data.corrupt=replace")
     path = config.run_folder / REPLACED
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # rank 0 has made the folder, perhaps on a disk of its own
         with open(path, "ab", buffering=0) as file:
             file.write("".join(json.dumps({"rank": rank, **r._asdict()}) + "\n" for r in found).encode())
     except OSError as error:

@@ -126,9 +126,8 @@ class MlflowSink:
         try:
             if self._client is None:
                 self._client, self._run_id = self._connect()
-            for points, end in pending(self._record, self._standing.facts.sent) if self._record else ():
-                self._attempt(partial(_log, points))
-                self._standing.update(sent=end)
+            while self._record and not self._follow(self._record):
+                pass
             if self._ended and (status := self._status):  # before files, for which the store may have no room
                 self._attempt(lambda client, run_id: client.set_terminated(run_id, status, self._ended_at))
             while self._jobs:
@@ -140,6 +139,15 @@ class MlflowSink:
                 self._note(f"MLflow does not answer ({short(error)}); {METRICS} is complete and will be sent")
             self._failed_at, self.failure = time.monotonic(), short(error)
             self._client = None  # it may come back without the run
+
+    def _follow(self, record: Path) -> bool:
+        """Send the lines that the store lacks; False if the run was rewound meanwhile: then they are others."""
+        sent, rewound = self._standing.mark()
+        for points, end in pending(record, sent):
+            self._attempt(partial(_log, points))
+            if not self._standing.advance(end, rewound):
+                return False
+        return True
 
     def _attempt(self, job: Job) -> None:
         """Do it; what the store will never take is dropped with a line."""

@@ -1,17 +1,19 @@
 """The best checkpoint of a run, by its online probe: a file PIN in it says so, and retention leaves it alone.
 
-A PIN that the probe has written holds its score; one that somebody else has put there is never touched.
+Its manifest holds the score of a checkpoint, so that the next best is known when the best one goes. A PIN that the
+probe has written holds the score, too; one that somebody else has put there is never touched.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from foundation.errors import CheckpointError
-from foundation.training.committed import PIN, candidates, flaw, place_of, position_of
+from foundation.training.committed import PIN, candidates, flaw, manifest, place_of, position_of
 from foundation.training.places import Location, Place
 
 
@@ -21,60 +23,94 @@ class Score(NamedTuple):
     value: float
     name: str
 
+    def facts(self) -> dict[str, Any] | None:
+        """As it stands in a manifest; None where it is no number."""
+        return {"score": self.value, "name": self.name} if math.isfinite(self.value) else None
+
+
+def scores(folder: Place) -> dict[str, Score]:
+    """The checkpoints that can be used and whose score is known, by name."""
+    found = {name: _score(folder / name) for name in candidates(folder) if flaw(folder / name) is None}
+    return {name: score for name, score in found.items() if score}
+
+
+def _score(path: Place) -> Score | None:
+    """By the manifest; one of a version that did not write scores there leaves it to the PIN."""
+    facts = manifest(path)
+    return _parsed(facts["score"]) if "score" in facts else _pin(path)
+
 
 def pinned(folder: Place) -> dict[str, Score]:
     """The checkpoints that a probe has pinned, by name."""
-    found = {}
-    for name in candidates(folder):
-        if PIN in (folder / name).names() and (score := _read(folder / name / PIN)):
-            found[name] = score
-    return found
+    found = {name: _pin(folder / name) for name in candidates(folder)}
+    return {name: score for name, score in found.items() if score}
 
 
-def _read(file: Place) -> Score | None:
-    """The score in a PIN; None in somebody else's."""
+def _pin(path: Place) -> Score | None:
+    """The score in the PIN of a checkpoint; None without one, and in somebody else's."""
     try:
-        facts = json.loads(file.read())
+        return _parsed(json.loads((path / PIN).read())) if PIN in path.names() else None
+    except ValueError:
+        return None
+
+
+def _parsed(facts: Any) -> Score | None:
+    try:
         return Score(float(facts["score"]), str(facts["name"]))
     except (ValueError, LookupError, TypeError):
         return None
 
 
+def leader(found: Mapping[str, Score]) -> str | None:
+    """The best checkpoint by the probe that scored the newest one, the earliest of equals; None where there is none."""
+    newest = max(found, key=position_of, default=None)
+    same = {name: score.value for name, score in found.items() if newest and score.name == found[newest].name}
+    return max(same, key=lambda name: (same[name], -position_of(name)), default=None)
+
+
 def is_best(folder: Place, name: str, score: Score) -> bool:
-    """Whether a checkpoint `name` of this score is better than all pinned ones before it."""
-    before = {other: each for other, each in pinned(folder).items() if position_of(other) < position_of(name)}
-    return math.isfinite(score.value) and all(s.name != score.name or s.value < score.value for s in before.values())
+    """Whether a checkpoint `name` of this score is better than all before it whose score is known."""
+    return math.isfinite(score.value) and leader({**_until(folder, name), name: score}) == name
 
 
-def write_pin(draft: Place, score: Score) -> None:
-    """Into a checkpoint that is not committed yet, so that it appears with its pin."""
-    (draft / PIN).write([json.dumps({"score": score.value, "name": score.name}).encode()])
+def _until(folder: Place, name: str) -> dict[str, Score]:
+    """The scores of the checkpoints up to `name`: what is beyond it is trained again."""
+    return {other: score for other, score in scores(folder).items() if position_of(other) <= position_of(name)}
 
 
-def settle(folder: Place, name: str, best: bool) -> None:
-    """After `name` was saved, as the best or not: take the pins of all that is no longer the best.
+def write_pin(path: Place, score: Score) -> None:
+    """Into a checkpoint, best before it is committed, so that it appears with its pin."""
+    (path / PIN).write([json.dumps(score.facts()).encode()])
+
+
+def settle(folder: Place, name: str) -> None:
+    """After `name` was saved, or gone back to: the best checkpoint up to it has a pin, and no other has one.
 
     Those of later checkpoints go, too: that part of the run is being trained again.
     """
-    found = pinned(folder)
-    before = [other for other in found if position_of(other) < position_of(name)]
-    kept = name if best else max(before, key=lambda other: (found[other].value, -position_of(other)), default=None)
-    for other in found:
-        if other != kept:
+    found = _until(folder, name)
+    best = leader(found)
+    if best and PIN not in (folder / best).names():  # first, so that there is always one
+        write_pin(folder / best, found[best])
+    for other in pinned(folder):
+        if other != best:
             (folder / other / PIN).remove()
 
 
-def best(location: Path | str) -> Location:
-    """The checkpoint of a run (its folder, or that of its checkpoints, or a URL) that its probe has pinned.
+def best_of(folder: Place) -> str | None:
+    """The name of the checkpoint that the probe found best: the pinned one, or the next where that is damaged."""
+    found = scores(folder)
+    return leader({name: found[name] for name in pinned(folder) if name in found} or found)
 
-    Raises CheckpointError when there is none.
-    """
+
+def best(location: Path | str) -> Location:
+    """`best_of` a run: its folder, or that of its checkpoints, or a URL. Raises CheckpointError when there is none."""
     folder = place_of(location)
-    found = {name: score for name, score in pinned(folder).items() if flaw(folder / name) is None}
-    if not found:
+    name = best_of(folder)
+    if name is None:
         raise CheckpointError(
             "no checkpoint is pinned as the best by a probe",
             where=str(folder),
             do="train with monitor.probe=CATALOG, or take the newest checkpoint",
         )
-    return (folder / max(found, key=lambda name: found[name].value)).location
+    return (folder / name).location

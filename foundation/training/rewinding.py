@@ -10,6 +10,7 @@ from foundation.files import read_json, write_whole
 from foundation.training import checkpoint
 from foundation.training.committed import committed, place_of, position_of
 from foundation.training.guard import ADVICE, Guard, Rewind
+from foundation.training.pins import settle
 from foundation.training.places import home
 from foundation.training.ranks import Ranks, everywhere, together
 from foundation.training.setup import fill
@@ -45,6 +46,7 @@ def go_back(learner: Learner, guard: Guard, tracker: Tracker, ranks: Ranks, why:
         if rank0:  # first the note: after a crash in between the span is passed over all the same
             write_whole(config.run_folder / JUMPS, json.dumps({"jumps": guard.jumps}) + "\n")
             folder = place_of(home(config))
+            settle(folder, path.name)  # before the later ones go: the best of what remains is pinned at any time
             for name in committed(folder):
                 if position_of(name) > position:
                     (folder / name).remove()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -37,14 +38,36 @@ class Standing:
         """`run_id` is that of a checkpoint, for a run folder without such a file."""
         self.folder = folder
         self._lock = threading.Lock()
+        self._rewound = 0
         self.facts = read(folder) or Facts(uuid.uuid4().hex, run_id)
 
     def update(self, **changes: object) -> None:
         """Change facts. A file that cannot be written is no error: something is then sent again."""
         with self._lock:
-            self.facts = replace(self.facts, **changes)  # type: ignore[arg-type]
-            with suppress(StorageError):
-                write_whole(self.folder / FILE, json.dumps(asdict(self.facts), indent=1) + "\n")
+            self._change(changes)
+
+    def _change(self, changes: Mapping[str, object]) -> None:
+        self.facts = replace(self.facts, **changes)  # type: ignore[arg-type]
+        with suppress(StorageError):
+            write_whole(self.folder / FILE, json.dumps(asdict(self.facts), indent=1) + "\n")
+
+    def rewind(self, same: int) -> None:
+        """Of metrics.jsonl only the first `same` bytes are what they were; what is being sent is from before that."""
+        with self._lock:
+            self._rewound += 1
+            self._change({"sent": min(self.facts.sent, same)})
+
+    def mark(self) -> tuple[int, int]:
+        """How many bytes the store has, and how many rewinds there were before: `advance` wants to know."""
+        with self._lock:
+            return self.facts.sent, self._rewound
+
+    def advance(self, sent: int, rewound: int) -> bool:
+        """The store has so many bytes of the file as it was after that many rewinds; False if there was another."""
+        with self._lock:
+            if same := rewound == self._rewound:
+                self._change({"sent": sent})
+            return same
 
     def begin(self, config_hash: str, position: int, same: int) -> str | None:
         """A training begins at `position`, of whose metrics.jsonl the first `same` bytes are what they were.

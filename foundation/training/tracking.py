@@ -148,7 +148,7 @@ class RunTracker(Tracker):
         """The same on disk; MLflow shows the later ones beside the earlier ones."""
         self._lines.close()
         same, _ = _truncate(self._path, position)
-        self._standing.update(sent=min(self._standing.facts.sent, same))
+        self._standing.rewind(same)
         self._lines = self._path.open("a", encoding="utf-8")
         self.position = position
         self._start = self._last = (position, time.monotonic())

@@ -13,6 +13,7 @@ from foundation.evaluation.scores import Score, to_json
 from foundation.models.initialise import initialise
 from foundation.objectives.registry import build
 from foundation.training import checkpoint
+from foundation.training.pins import Score as Probed
 
 DECODER = {"width": 24, "depth": 1, "heads": 2}
 
@@ -39,9 +40,8 @@ def make_run(root: Path, config: Config, position: int = 4096, pin: bool = False
     tensors = {f"model.{name}": value for name, value in state.items()}
     tensors |= {f"ema.{name}": value / 2 for name, value in state.items()}
     facts = {"position": position, "fingerprint": "f1a9" * 16, "config": to_dict(config), "run_id": None}
-    folder = Path(str(checkpoint.save(root / "checkpoints", tensors, facts, position)))
-    if pin:
-        (folder / "PIN").write_text('{"score": 0.5, "name": "probe"}')
+    where = config.train.checkpoints or root / "checkpoints"
+    checkpoint.save(where, tensors, facts, position, score=Probed(0.5, "probe") if pin else None)
     return root
 
 

@@ -153,11 +153,38 @@ def test_retention_keeps_the_newest_the_milestones_the_pinned_and_the_one_just_s
                 (path / "PIN").touch()
             alive.add(position)
             kept = set(sorted(alive)[-keep:]) | {position} | (alive & pins - {position})
-            kept |= {p for p in alive if keep_every and p % keep_every == 0}
+            buckets = {p // keep_every for p in alive} - {0} if keep_every else set()
+            kept |= {min(p for p in alive if keep_every and p // keep_every == bucket) for bucket in buckets}
             alive &= kept
             assert {int(p.name[8:]) for p in Path(place).glob("samples-*")} == alive
             assert latest(Path(place)) == (Path(place) / f"samples-{max(alive):012d}", [])
             assert (Path(place) / "latest").read_text() == f"samples-{position:012d}\n"
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 3)), min_size=1, max_size=12),
+    st.integers(1, 3),
+    st.sampled_from([1000, 1500]),
+)
+@settings(max_examples=25, deadline=None)
+def test_the_first_checkpoint_after_every_multiple_stays_wherever_saves_land_and_after_going_back(
+    steps: list[tuple[int, int]], keep: int, keep_every: int
+) -> None:
+    position, milestones = 0, dict[int, int]()
+    with tempfile.TemporaryDirectory() as place:
+        for step, back in steps:
+            position += 210 * step
+            save(Path(place), {"x": torch.zeros(1)}, {}, position, keep, keep_every)
+            if position >= keep_every:
+                milestones.setdefault(position // keep_every, position)
+            alive = sorted(int(p.name[8:]) for p in Path(place).glob("samples-*"))
+            assert set(milestones.values()) <= set(alive)
+            assert len(alive) <= len(milestones) + keep
+            if back and back < len(alive):  # as a rewind: those beyond go
+                position = alive[-1 - back]
+                for gone in alive[-back:]:
+                    shutil.rmtree(Path(place) / f"samples-{gone:012d}")
+                milestones = {bucket: p for bucket, p in milestones.items() if p <= position}
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_costs_a_line_and_not_the_save(

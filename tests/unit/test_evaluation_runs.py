@@ -10,17 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from exported_runs import config_of, make_run
 from test_evaluation import NAMES, Chips, Toy, task
 
 from foundation import cli_text
+from foundation.config import from_dict
 from foundation.errors import CheckpointError, DataError
-from foundation.evaluation import predictions, protocols, splits
+from foundation.evaluation import predictions, protocols, robustness, runs, splits
 from foundation.evaluation.features import listing
 from foundation.evaluation.paired import compare_runs
 from foundation.evaluation.protocols import ALL, BACKGROUND, PIXELS, PROTOCOLS, RANDOM, Options, Task
 from foundation.evaluation.runs import evaluate_run, read_scores
 from foundation.evaluation.suite import measure
-from foundation.interchange import load_encoder
+from foundation.interchange import load_encoder, published, source
 from foundation.models.vit import ViT
 from foundation.training import checkpoint
 
@@ -180,3 +182,61 @@ def test_scores_say_how_they_differ_from_the_untrained_encoder(scored: Path) -> 
     assert "against random-init, paired" in text
     (twin,) = {json.dumps(s.settings["paired"]) for s in read_scores(scored) if "paired" in s.settings}
     assert json.loads(twin)["against"] == RANDOM
+
+
+def test_the_best_checkpoint_is_scored_where_checkpoints_are_in_an_object_store(
+    command: Command, catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, run = f"memory://{tmp_path.name}/checkpoints", tmp_path / "run"
+    config = config_of()
+    config = config.model_copy(update={"train": config.train.model_copy(update={"checkpoints": url})})
+    run.mkdir()
+    (run / "config.yaml").write_text(f"train: {{checkpoints: '{url}'}}")
+    make_run(run, config, position=2048, pin=True)
+    make_run(run, config, position=4096)
+    monkeypatch.setattr(runs, "write_run_report", lambda run, *_: run / "report.html")
+    for flags, weights in (((), "4,096 samples"), (("--best",), "2,048 samples")):
+        code, _, err = command("evaluate", run, "--data", catalog, "--protocol", "knn", "--crop", 0, *flags)
+        assert code == 0, err
+        assert read_scores(run)[-1].settings["weights"] == weights
+    assert not (run / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("what", ["evaluate", "robustness", "export"])
+def test_a_score_names_the_weights_it_is_of_while_the_run_goes_on(
+    catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    module = {"evaluate": runs, "robustness": robustness, "export": source}[what]
+    run = make_run(tmp_path / "run", config_of(), position=2048)
+    seen = list[Any]()
+
+    def loaded(*arguments: Any, **options: Any) -> Any:
+        seen.append(load_encoder(*arguments, **options))
+        make_run(run, config_of(), position=4096)
+        return seen[-1]
+
+    monkeypatch.setattr(module, "load_encoder", loaded)
+    if what == "evaluate":
+        new = runs.judge_run(run, str(catalog), "knn", controls=False, report=False)
+        named = new[0].settings["weights"]
+    elif what == "robustness":
+        robustness.robustness_run(run, str(catalog), kinds=("gain",))
+        named = json.loads((run / robustness.FILE).read_text())["settings"]["weights"]
+    else:
+        named = f"{source.open_source(run).state['position']:,} samples"
+    assert named == "2,048 samples"
+    kept = checkpoint.load(run / "checkpoints" / "samples-000000002048", "model.encoder.")["tensors"]
+    assert all(torch.equal(value, kept[name]) for name, value in seen[0][0].state_dict().items())
+
+
+def test_an_encoder_is_of_one_checkpoint_while_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", config_of(), position=2048)
+
+    def later(tree: Any) -> Any:
+        make_run(run, config_of(), position=4096)
+        return from_dict(tree)
+
+    monkeypatch.setattr(published, "from_dict", later)
+    encoder, _ = load_encoder(run)
+    kept = checkpoint.load(run / "checkpoints" / "samples-000000002048", "model.encoder.")["tensors"]
+    assert all(torch.equal(value, kept[name]) for name, value in encoder.state_dict().items())

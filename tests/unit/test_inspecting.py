@@ -198,6 +198,8 @@ def test_pins_removed_and_damaged_checkpoints_are_told_apart(finished: Path, tmp
     kept = run / "checkpoints"
     shutil.rmtree(kept / "samples-000000000016")
     (kept / "samples-000000000032" / "PIN").write_text('{"score": 0.75, "name": "probe"}')
+    manifest = kept / "samples-000000000032" / "manifest.json"  # of a version that left the score to the PIN
+    manifest.write_text(json.dumps({k: v for k, v in json.loads(manifest.read_text()).items() if k != "score"}))
     (kept / "samples-000000000048" / "PIN").write_text("mine")
     (kept / "samples-000000000096" / "COMMIT").unlink()
     found = inspect(run, data=False).checkpoints

@@ -7,17 +7,23 @@ import math
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foundation.config import from_dict
 from foundation.errors import CheckpointError
-from foundation.training import checkpoint
+from foundation.training import checkpoint, rewinding
 from foundation.training.committed import committed, flaw, position_of
+from foundation.training.guard import Rewind
 from foundation.training.pins import Score, pinned
 from foundation.training.places import Bucket, Place, place
+from foundation.training.ranks import ALONE
+from foundation.training.tracking import Tracker
 
 
 @pytest.fixture(params=["folder", "memory"])
@@ -32,7 +38,8 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Place]:
 def put(root: Place, position: int, score: float | None = None, name: str = "knn", keep: int = 1) -> str:
     """Save, and the name of the checkpoint."""
     worth = None if score is None else Score(score, name)
-    return checkpoint.save(root.location, {"x": torch.zeros(2)}, {}, position, keep, score=worth).name
+    state = {"position": position}
+    return checkpoint.save(root.location, {"x": torch.zeros(2)}, state, position, keep, score=worth).name
 
 
 def numbers(root: Place) -> list[int]:
@@ -87,12 +94,64 @@ def test_a_part_of_the_run_that_is_trained_again_is_judged_again(root: Place) ->
     put(root, 10, 0.3, keep=9)
     put(root, 20, 0.9, keep=9)
     put(root, 20, 0.2, keep=9)  # the same position once more
-    assert pinned(root) == {"samples-000000000020": Score(0.2, "knn")}
+    assert pinned(root) == {"samples-000000000010": Score(0.3, "knn")}
     put(root, 20, math.nan, keep=9)
+    assert pinned(root) == {"samples-000000000010": Score(0.3, "knn")}
+    put(root, 10, math.nan, keep=9)
     assert pinned(root) == {}
     put(root, 30, 0.8, keep=9)
     put(root, 15, 0.4, keep=9)  # 20 and 30 were skipped, say: damaged
     assert list(pinned(root)) == ["samples-000000000015"]
+
+
+def test_a_rewind_leaves_the_best_of_what_remains_as_the_best(root: Place, tmp_path: Path) -> None:
+    put(root, 300, 0.8, keep=9)
+    put(root, 600, 0.9, keep=9)
+    assert list(pinned(root)) == ["samples-000000000600"]
+    config = from_dict({"name": "run", "run_root": str(tmp_path), "train": {"checkpoints": str(root)}})
+    config.run_folder.mkdir()
+    learner, guard = SimpleNamespace(config=config), SimpleNamespace(jumps=[], restore=lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rewinding, "fill", lambda *_: None)
+        went: Any = rewinding.go_back
+        assert went(learner, guard, Tracker(), ALONE, Rewind(500, 700)) == 300
+    assert pinned(root) == {"samples-000000000300": Score(0.8, "knn")}
+    assert checkpoint.best(root.location).name == "samples-000000000300"
+    put(root, 600, 0.5)
+    assert numbers(root) == [600, 300]
+    assert checkpoint.best(root.location).name == "samples-000000000300"
+
+
+def test_the_next_best_is_known_when_the_best_one_is_gone(root: Place) -> None:
+    for position, score in ((10, 0.5), (20, 0.7), (30, 0.6), (40, 0.9)):
+        put(root, position, score, keep=9)
+    (root / "samples-000000000040").remove()
+    assert checkpoint.best(root.location).name == "samples-000000000020"
+    put(root, 50, keep=1)  # saved where no probe was
+    assert numbers(root) == [50, 20]
+    assert pinned(root) == {"samples-000000000020": Score(0.7, "knn")}
+
+
+def test_a_score_that_only_the_pin_of_an_older_version_holds_counts(root: Place) -> None:
+    for position, score in ((10, 0.5), (20, 0.7)):
+        path = root / put(root, position, score, keep=9)
+        facts = json.loads((path / "manifest.json").read())
+        del facts["score"]
+        (path / "manifest.json").write([json.dumps(facts).encode()])
+    assert checkpoint.best(root.location).name == "samples-000000000020"
+    put(root, 30, 0.6)
+    assert numbers(root) == [30, 20]
+    assert pinned(root) == {"samples-000000000020": Score(0.7, "knn")}
+
+
+def test_a_pin_by_hand_stays_in_the_best_one(root: Place) -> None:
+    put(root, 10, 0.5, keep=9)
+    put(root, 20, 0.7, keep=9)
+    (root / "samples-000000000010" / "PIN").write([b"mine"])
+    (root / "samples-000000000020").remove()
+    put(root, 30, 0.4)
+    assert checkpoint.best(root.location).name == "samples-000000000010"
+    assert (root / "samples-000000000010" / "PIN").read() == b"mine"
 
 
 def test_scores_of_another_probe_do_not_compare(root: Place) -> None:

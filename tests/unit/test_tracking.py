@@ -317,6 +317,36 @@ def test_a_store_that_stays_dead_is_reported_once(tmp_path: Path, monkeypatch: p
     assert Standing(tmp_path).facts.sent == 0
 
 
+def test_lines_that_follow_a_rewind_during_a_request_are_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, asked, go_on = _Flaky(0), threading.Event(), threading.Event()
+    log_batch = store.log_batch
+
+    def slow(run_id: str, metrics: list[Any]) -> None:
+        asked.set()
+        assert go_on.wait(60.0)
+        log_batch(run_id, metrics)
+
+    monkeypatch.setattr(store, "log_batch", slow)
+    monkeypatch.setattr(MlflowSink, "open", lambda *_, **__: None)
+    tracker = open_tracker(config(tmp_path))
+    assert isinstance(tracker, RunTracker)
+    record, standing = tmp_path / "run" / "metrics.jsonl", tracker._standing
+    for position in (100, 200, 300, 400):
+        tracker.log(position, {"loss": position})
+    sent = record.stat().st_size
+    tracker._mlflow = sink = MlflowSink(lambda: (store, "id"), standing, record, print)
+    sink.more()
+    assert asked.wait(60.0)
+    tracker.rewind(100)
+    tracker.log(200, {"loss": -200})
+    assert record.stat().st_size < sent, "the new line lies before the end of what is being sent"
+    go_on.set()
+    tracker.close()
+    assert sink.failure == ""
+    assert -200 in store.points
+    assert Standing(tmp_path / "run").facts.sent == record.stat().st_size
+
+
 def test_a_store_that_hangs_does_not_hold_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     release, store = threading.Event(), _Flaky(0)
     monkeypatch.setattr(store, "log_batch", lambda *_, **__: release.wait())
