@@ -143,7 +143,7 @@ def registries() -> Iterator[None]:
 def test_the_guide_runs_as_it_stands(
     command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Page after page in one folder beside `configs`, `launch` and `tests`; other commands than ours are given to bash."""
+    """Page after page in one folder beside `configs`, `launch`, `tests`; other commands than ours are given to bash."""
     for name in ("configs", "launch", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
