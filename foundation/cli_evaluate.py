@@ -104,7 +104,7 @@ def splits_command(
     from foundation.evaluation.sides import choose
 
     with working("reading the images"):
-        split = choose(catalog, test, DataConfig(), column=group).split
+        split = choose(catalog, test, DataConfig(), column=group, allow_shared_groups=True).split
     show("split", splits.write(split, out))
     show("sha256", split.sha256)
     counts = split.counts()

@@ -90,7 +90,7 @@ def choose(
     """The images of the split file, sought in both catalogs, or the own splits of the catalogs `data` and `test`.
 
     `rules` are the amplitude rules of the encoder. Raises DataError as `splits.read`, `splits.check` and
-    `splits.listings` do. The own splits of a catalog may share groups: the scores say so.
+    `splits.listings` do, and for own splits that share known groups, unless that is allowed.
     """
     known = cache(rules)
     if split is not None:
@@ -106,4 +106,5 @@ def choose(
     column = column or "scene"
     known_groups = [splits.groups(part, column) for part in (catalog.select("train"), other.select("test"))]
     found = splits.of_listings(train, tested, known_groups, column)
+    splits.check_groups(found, " and ".join(dict.fromkeys(map(redact, (data, test or data)))), allow_shared_groups)
     return Chosen(train, tested, found, other.select("test"), catalog.select("train").fingerprint)
