@@ -11,6 +11,11 @@ from rich.markup import escape
 
 from foundation.cli_text import console, print_table, show, working
 
+SplitFile = Annotated[
+    Path | None, typer.Option(help="Split file (foundation splits): exactly these train and test images")
+]
+AllowSharedGroups = Annotated[bool, typer.Option(help="Go on where groups lie on both sides; every score says so")]
+
 
 class Protocol(StrEnum):
     """Evaluation protocols; `all`: every frozen one."""
@@ -44,12 +49,8 @@ def evaluate_command(
         Protocol, typer.Option(help="How the features are judged; all: knn, linear, attentive and linear few-shot")
     ] = Protocol.linear,
     test: Annotated[str | None, typer.Option(help="Catalog of the test split, when it is another one")] = None,
-    split: Annotated[
-        Path | None, typer.Option(help="Split file (foundation splits): exactly these train and test images")
-    ] = None,
-    allow_shared_groups: Annotated[
-        bool, typer.Option(help="Take a split file whose groups lie on both sides; every score says so")
-    ] = False,
+    split: SplitFile = None,
+    allow_shared_groups: AllowSharedGroups = False,
     mode: Annotated[Mode, typer.Option(help="fewshot: frozen encoder or fine-tuning")] = Mode.linear,
     recipe: Annotated[Named, typer.Option(help="fewshot: how the classifier is learnt")] = Named.published,
     shots: Annotated[str, typer.Option(help="fewshot: images per class, e.g. 10,20,40")] = "10,20,40",

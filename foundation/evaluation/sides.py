@@ -36,11 +36,14 @@ class Chosen:
     draws: Path | None = None
     """folder of draws that came with a split file"""
 
+    def file(self, run: Path) -> Path:
+        """Where a run keeps this split."""
+        return run / FOLDER / f"{self.split.sha256[:12]}.json"
+
     def keep(self, run: Path) -> tuple[Path, Draws]:
         """Write the split into `RUN/splits`; the file, and where few-shot draws of it are kept."""
-        name = self.split.sha256[:12]
-        path = splits.write(self.split, run / FOLDER / f"{name}.json")
-        folder = run / FOLDER / f"{name}.draws"
+        path = splits.write(self.split, self.file(run))
+        folder = path.with_suffix(".draws")
         if self.draws is not None:  # what came with the split stands above what was drawn here before
             for file in sorted(self.draws.glob("*.json")):
                 write_whole(folder / file.name, file.read_bytes())
