@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,11 @@ import typer
 from rich.markup import escape
 
 from foundation.cli_text import console, print_table, show, working
+
+SplitFile = Annotated[
+    Path | None, typer.Option(help="Split file (foundation splits): exactly these train and test images")
+]
+AllowSharedGroups = Annotated[bool, typer.Option(help="Go on where groups lie on both sides; every score says so")]
 
 
 class Protocol(StrEnum):
@@ -44,12 +50,8 @@ def evaluate_command(
         Protocol, typer.Option(help="How the features are judged; all: knn, linear, attentive and linear few-shot")
     ] = Protocol.linear,
     test: Annotated[str | None, typer.Option(help="Catalog of the test split, when it is another one")] = None,
-    split: Annotated[
-        Path | None, typer.Option(help="Split file (foundation splits): exactly these train and test images")
-    ] = None,
-    allow_shared_groups: Annotated[
-        bool, typer.Option(help="Take a split file whose groups lie on both sides; every score says so")
-    ] = False,
+    split: SplitFile = None,
+    allow_shared_groups: AllowSharedGroups = False,
     mode: Annotated[Mode, typer.Option(help="fewshot: frozen encoder or fine-tuning")] = Mode.linear,
     recipe: Annotated[Named, typer.Option(help="fewshot: how the classifier is learnt")] = Named.published,
     shots: Annotated[str, typer.Option(help="fewshot: images per class, e.g. 10,20,40")] = "10,20,40",
@@ -88,7 +90,12 @@ def evaluate_command(
     console.print(to_table(scores))
     if protocol.value == "all" and (few := set(counts) - {score.settings.get("shots") for score in scores}):
         show("left out", f"{', '.join(map(str, sorted(few)))} shots: a class has fewer training images")
-    for sentence, verdict in verdicts(scores).items():
+    say_leakage(verdicts(scores))
+
+
+def say_leakage(verdict_by_sentence: Mapping[str, str]) -> None:
+    """Whether test images were learnt, in red where they were."""
+    for sentence, verdict in verdict_by_sentence.items():
         style = "bold red" if verdict == "leaked" else ""
         console.print(escape(f"leakage       {sentence}"), style=style, highlight=False, soft_wrap=True)
 
@@ -105,7 +112,7 @@ def splits_command(
     from foundation.evaluation.sides import choose
 
     with working("reading the images"):
-        split = choose(catalog, test, DataConfig(), column=group).split
+        split = choose(catalog, test, DataConfig(), column=group, allow_shared_groups=True).split
     show("split", splits.write(split, out))
     show("sha256", split.sha256)
     counts = split.counts()

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from foundation.cli_evaluate import AllowSharedGroups, SplitFile, check_device, integers, say_leakage
 from foundation.cli_text import console, print_table, show, working
 
 
@@ -14,6 +15,8 @@ def robustness_command(
     checkpoint: Annotated[Path, typer.Argument(help="Run folder or checkpoint folder")],
     data: Annotated[str, typer.Option(help="Catalog (folder or URL) with a train and a test split")],
     test: Annotated[str | None, typer.Option(help="Catalog of the test split, when it is another one")] = None,
+    split: SplitFile = None,
+    allow_shared_groups: AllowSharedGroups = False,
     corruptions: Annotated[str, typer.Option(help="Which")] = "speckle,resolution,rotation,gain",
     crop: Annotated[int, typer.Option(min=0, help="Centre crop in pixels before resizing, 0: none")] = 128,
     seed: Annotated[int, typer.Option(help="Seed of the added speckle")] = 0,
@@ -21,19 +24,18 @@ def robustness_command(
     ema: Annotated[bool, typer.Option(help="Take the running average of the weights (optim.ema_half_life)")] = False,
 ) -> None:
     """Accuracy on corrupted test images of a linear probe learnt on clean ones, beside untrained encoder and pixels."""
-    from rich.markup import escape
-
-    from foundation.cli_evaluate import check_device
+    from foundation.evaluation.report import FIGURES
     from foundation.evaluation.robustness import FIGURE, FILE, robustness_run, to_table
-    from foundation.evaluation.robustness_figure import robustness_figure
     from foundation.evaluation.runs import run_folder
 
     check_device(device)
     with working("robustness") as tell:
-        rows, verdict = robustness_run(
+        rows, settings = robustness_run(
             checkpoint,
             data,
             test=test,
+            split=split,
+            allow_shared_groups=allow_shared_groups,
             kinds=tuple(kind.strip() for kind in corruptions.split(",")),
             crop=crop or None,
             seed=seed,
@@ -41,12 +43,12 @@ def robustness_command(
             averaged=ema,
             tell=tell,
         )
-    console.print(to_table(rows))
-    if verdict.verdict == "leaked":
-        console.print(f"[bold red]{escape(verdict.sentence)}[/]", highlight=False, soft_wrap=True)
+    console.print(to_table(rows, settings))
+    say_leakage({settings["leakage"]["sentence"]: settings["leakage"]["verdict"]})
     run = run_folder(checkpoint)
     show("rows", run / FILE)
-    show("figure", robustness_figure(rows, run / "figures" / FIGURE))
+    show("figure", run / FIGURES / FIGURE)
+    show("report", run / "report.html")
 
 
 def drift_command(
@@ -63,7 +65,6 @@ def drift_command(
     out: Annotated[Path, typer.Option(help="Folder for drift.json and drift.png")] = Path("drift"),
 ) -> None:
     """How much the target of each objective changes when the same scene gets new speckle."""
-    from foundation.cli_evaluate import integers
     from foundation.evaluation import drift
     from shards.catalog import load
 

@@ -73,6 +73,7 @@ def run_cell(comparison: Comparison, number: int, device: str | None = None) -> 
         data,
         ",".join(how.protocols),
         Options(how.mode, how.recipe, how.shots, range(how.draws)),
+        allow_shared_groups=True,  # marked; a refusal would come after the training
         crop=how.crop,
         device=where,
         controls=number == 0,  # the same in every cell

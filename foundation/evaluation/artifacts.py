@@ -19,7 +19,7 @@ from foundation.training.mlflow_store import METRICS, times
 from foundation.training.standing import RUNNING, Standing, read
 from shards.redaction import redact
 
-PAGES = ("config.yaml", "environment.json", "report.html", "scores.json", "scores.md")
+PAGES = ("config.yaml", "environment.json", "report.html", "scores.json", "scores.md", "robustness.json")
 
 
 def figures(run: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from foundation.evaluation import metrics
@@ -56,6 +57,8 @@ def calibration_error(p: Predictions) -> float:
 
 def confusion(p: Predictions) -> torch.Tensor:
     """Answers by true class (rows) and predicted class (columns), mean over the seeds: fp64 [C, C]."""
-    classes = len(p.classes)
-    codes = (p.y * classes + p.predicted).flatten()
-    return torch.bincount(codes, minlength=classes**2).view(classes, classes).double() / len(p.seeds)
+    from sklearn.metrics import confusion_matrix
+
+    labels = range(len(p.classes))
+    by_seed = [confusion_matrix(p.y.numpy(), answers.numpy(), labels=labels) for answers in p.predicted]
+    return torch.from_numpy(np.mean(by_seed, axis=0))

@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from foundation.errors import ConfigError
-from foundation.evaluation import leakage, probe
+from foundation.evaluation import probe
 from foundation.evaluation.controls import PIXELS, PixelComponents, pixel_features
 from foundation.evaluation.corruptions import CORRUPTIONS, Corrupted
-from foundation.evaluation.features import Listing, check_disjoint, extract, listing
+from foundation.evaluation.features import Listing, check_disjoint, extract
+from foundation.evaluation.leaks import reason
 from foundation.evaluation.metrics import resamples
 from foundation.evaluation.protocols import RANDOM, Task
-from foundation.evaluation.runs import run_folder, training_data
+from foundation.evaluation.report import FIGURES
+from foundation.evaluation.robustness_figure import robustness_figure
+from foundation.evaluation.runs import bring_up_to_date, provenance, refuse_foreign, run_folder, training_data
+from foundation.evaluation.scores import Score
+from foundation.evaluation.sides import choose
 from foundation.files import write_whole
 from foundation.interchange import load_encoder, random_encoder
 from foundation.models.vit import ViT
 from foundation.training import checkpoint
-from foundation.training.data import cache, ruled
-from shards.catalog import load as load_catalog
-from shards.reader import Reader
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,6 +52,11 @@ class Row:
     high: float
     n_test: int
     seed: int
+
+    def score(self, settings: dict[str, Any]) -> Score:
+        """The same as a score, so that what is said of scores is said of it."""
+        values = (self.accuracy, self.low, self.high, (self.seed,), (self.accuracy,), self.n_test)
+        return Score(self.encoder, f"linear, {self.corruption} {self.level}", "accuracy", *values, settings)
 
 
 def robustness(
@@ -118,49 +124,52 @@ def robustness_run(
     data: str,
     *,
     test: str | None = None,
+    split: Path | None = None,
+    allow_shared_groups: bool = False,
     kinds: Sequence[str] = tuple(CORRUPTIONS),
     crop: int | None = None,
     seed: int = 0,
     device: str = "cpu",
     averaged: bool = False,
+    report: bool = True,
     tell: Callable[[str], None] = lambda _: None,
-) -> tuple[list[Row], leakage.Leakage]:
+) -> tuple[list[Row], dict[str, Any]]:
     """Robustness of the encoder at `path` (run folder or checkpoint), beside the same network untrained.
 
-    Learnt is the train split of the catalog `data`, tested its test split or that of `test`. Rows are kept in the run's
-    `robustness.json` with the weights, the data and the verdict on leakage, which is returned too.
+    Images are chosen as in `runs.judge_run`, and the settings, which are returned with the rows, say of them what those
+    of a score say. Both are kept in the run's `robustness.json`, drawn in its figures, shown in its report (if
+    `report`), and handed to MLflow.
     """
-    place = checkpoint.resolve(path)
+    refuse_foreign(path)
+    place, run = checkpoint.resolve(path), run_folder(path)
     encoder, config = load_encoder(place, device, averaged)
     state = checkpoint.load(place, None)
-    train, tested = (
-        ruled(load_catalog(root, cache=cache(config.data)), config.data, known=True).select(split)
-        for root, split in ((data, "train"), (test or data, "test"))
-    )
-    learnt = listing(Reader(train), train.classes)
-    seen = listing(Reader(tested), tested.classes, learnt.classes)
-    task = Task(learnt, seen, config.data.image_size, crop, device=device)
+    chosen = choose(data, test, config.data, split, allow_shared_groups=allow_shared_groups)
+    task = Task(chosen.train, chosen.test, config.data.image_size, crop, device=device)
     encoders = {"pretrained": encoder, RANDOM: random_encoder(config, config.seed, device)}
     rows = robustness(encoders, task, kinds, seed, tell)
-    verdict = leakage.find(training_data(config), tested, state.get("fingerprint"))
+    chosen.keep(run)
+    pictures = training_data(config)
     settings = {
-        "weights": f"{state['position']:,} samples" + ", averaged" * averaged,
-        "data": f"{os.path.basename(os.path.abspath(data))} {tested.fingerprint[:8]}",
+        **provenance(run, state, chosen, data, split, pictures, averaged=averaged, allowed=allow_shared_groups),
         "crop": crop,
         "image_size": config.data.image_size,
-        **leakage.record(run_folder(path), verdict, tested),
     }
     content = {"settings": settings, "rows": [asdict(row) for row in rows]}
-    write_whole(run_folder(path) / FILE, json.dumps(content, indent=1, allow_nan=False))
-    return rows, verdict
+    file = write_whole(run / FILE, json.dumps(content, indent=1, allow_nan=False))
+    robustness_figure(rows, run / FIGURES / FIGURE, reason(rows[0].score(settings)))
+    bring_up_to_date(run, config, state.get("run_id"), [file], report=(pictures, chosen.tested) if report else None)
+    return rows, settings
 
 
-def to_table(rows: Sequence[Row]) -> Table:
-    """A `rich` table: one row per corruption and level, one column per encoder."""
+def to_table(rows: Sequence[Row], settings: dict[str, Any] | None = None) -> Table:
+    """A `rich` table: one row per corruption and level, one column per encoder, under what `settings` say of all."""
+    from rich.markup import escape
     from rich.table import Table
 
     encoders = list(dict.fromkeys(row.encoder for row in rows))
-    table = Table("corruption", "level", *encoders, title=f"accuracy on {rows[0].n_test:,} test images, 95 % interval")
+    parts = [f"accuracy on {rows[0].n_test:,} test images, 95 % interval", rows[0].score(settings or {}).origin]
+    table = Table("corruption", "level", *encoders, title=escape("\n".join(filter(None, parts))))
     cases = dict.fromkeys((row.corruption, row.level) for row in rows)
     by_case = {(row.corruption, row.level, row.encoder): row for row in rows}
     for kind, level in cases:

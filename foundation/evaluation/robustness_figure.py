@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING
 
 from foundation.evaluation.corruptions import CORRUPTIONS
 from foundation.evaluation.figures import COLOURS, grid, plain, save
-from foundation.evaluation.robustness import Row
+from foundation.evaluation.figures.scores import RED
+from foundation.evaluation.figures.style import safe
+
+if TYPE_CHECKING:
+    from foundation.evaluation.robustness import Row
 
 
-def robustness_figure(rows: Sequence[Row], path: Path) -> Path:
-    """Accuracy over levels, from the mildest left, with shaded 95 % intervals: rows of one run → PNG."""
+def robustness_figure(rows: Sequence[Row], path: Path, warning: str = "") -> Path:
+    """Accuracy over levels, from the mildest left, with shaded 95 % intervals: rows of one run → PNG.
+
+    `warning` says in red why they mean nothing.
+    """
     kinds = list(dict.fromkeys(row.corruption for row in rows))
     encoders = list(dict.fromkeys(row.encoder for row in rows))
     figure, axes = grid(1, len(kinds), 3.1 * len(kinds) + 0.4, 3.4)
@@ -31,6 +40,8 @@ def robustness_figure(rows: Sequence[Row], path: Path) -> Path:
     axes[0, 0].set_ylabel("accuracy [%], 95 % interval")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(encoders), frameon=False, fontsize=9)
+    if warning:
+        figure.supxlabel(safe(fill(f"LEAKED: {warning}", 120)), color=RED, fontsize=9)
     return save(figure, path)
 
 

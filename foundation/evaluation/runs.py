@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from foundation.evaluation.artifacts import figures, publish
 from foundation.evaluation.panels import SCORES, read_scores, write_run_report
 from foundation.evaluation.protocols import RANDOM, Options, Report, Task
 from foundation.evaluation.scores import Score, to_json, to_markdown
-from foundation.evaluation.sides import choose
+from foundation.evaluation.sides import Chosen, choose
 from foundation.evaluation.suite import measure
 from foundation.files import write_whole
 from foundation.interchange import load_encoder, random_encoder
@@ -67,7 +67,7 @@ def judge_run(
     state = checkpoint.load(place, None)
     chosen = choose(data, test, config.data, split, allow_shared_groups=allow_shared_groups)
     pictures, run = training_data(config), run_folder(path)
-    split_file, draws = chosen.keep(run)
+    _, draws = chosen.keep(run)
     task = Task(chosen.train, chosen.test, config.data.image_size, crop, device=device, report=progress, draws=draws)
     found = measure(
         {"pretrained": encoder, RANDOM: random_encoder(config, config.seed, device)},
@@ -77,14 +77,7 @@ def judge_run(
         controls=controls,
     )
     origin = {
-        "weights": f"{state['position']:,} samples" + ", averaged" * averaged,
-        "data": named(data, chosen.tested.fingerprint) if split is None else named(split, chosen.split.sha256),
-        "train_data": chosen.train_data,
-        "split": chosen.split.sha256,
-        "split_file": str(split_file.relative_to(run)),
-        "shared_groups": len(chosen.split.shared_groups()),
-        "allow_shared_groups": allow_shared_groups,
-        **leaked(run, pictures, chosen.tested, state.get("fingerprint")),
+        **provenance(run, state, chosen, data, split, pictures, averaged=averaged, allowed=allow_shared_groups),
         "random_init": f"one initialisation, seed {config.seed}; the interval does not cover it",
     }
     facts: tuple[object, ...] = (origin["weights"], origin["data"], f"train {chosen.train_data[:8]}", f"crop {crop}")
@@ -93,11 +86,52 @@ def judge_run(
     added = {**origin, "measurement": text}
     new = [replace(one, settings={**one.settings, **added}) for each in found for one in each.scores]
     predictions.write(run, [replace(each.predictions, measurement=text) for each in found])
-    pages = keep(run, new)
-    if report:
-        pages += [write_run_report(run, pictures or chosen.tested, chosen.tested), *figures(run)]
-    publish(run, config, state.get("run_id"), pages, new)
+    files = keep(run, new)
+    bring_up_to_date(run, config, state.get("run_id"), files, new, (pictures, chosen.tested) if report else None)
     return new
+
+
+def provenance(
+    run: Path,
+    state: Mapping[str, Any],
+    chosen: Chosen,
+    data: str,
+    split: Path | None,
+    learnt: Catalog | None,
+    *,
+    averaged: bool,
+    allowed: bool,
+) -> dict[str, Any]:
+    """What every result on `chosen` images says of its weights, data and split, and of what makes it worthless."""
+    return {
+        "weights": f"{state['position']:,} samples" + ", averaged" * averaged,
+        "data": named(data, chosen.tested.fingerprint) if split is None else named(split, chosen.split.sha256),
+        "train_data": chosen.train_data,
+        "split": chosen.split.sha256,
+        "split_file": str(chosen.file(run).relative_to(run)),
+        "shared_groups": len(chosen.split.shared_groups()),
+        "allow_shared_groups": allowed,
+        **leaked(run, learnt, chosen.tested, state.get("fingerprint")),
+    }
+
+
+def bring_up_to_date(
+    run: Path,
+    config: Config,
+    run_id: str | None,
+    files: Sequence[Path],
+    scores: Sequence[Score] = (),
+    report: tuple[Catalog | None, Catalog] | None = None,
+) -> None:
+    """Give new files and scores of a run to MLflow, with page and figures after the `report` was drawn again.
+
+    `report` is what its pictures are of: images that were learnt (None: not at hand) and those that were tested.
+    """
+    pages = list(files)
+    if report:
+        learnt, tested = report
+        pages += [write_run_report(run, learnt or tested, tested), *figures(run)]
+    publish(run, config, run_id, pages, scores)
 
 
 def refuse_foreign(path: Path) -> None:

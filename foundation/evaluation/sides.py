@@ -36,11 +36,14 @@ class Chosen:
     draws: Path | None = None
     """folder of draws that came with a split file"""
 
+    def file(self, run: Path) -> Path:
+        """Where a run keeps this split."""
+        return run / FOLDER / f"{self.split.sha256[:12]}.json"
+
     def keep(self, run: Path) -> tuple[Path, Draws]:
         """Write the split into `RUN/splits`; the file, and where few-shot draws of it are kept."""
-        name = self.split.sha256[:12]
-        path = splits.write(self.split, run / FOLDER / f"{name}.json")
-        folder = run / FOLDER / f"{name}.draws"
+        path = splits.write(self.split, self.file(run))
+        folder = path.with_suffix(".draws")
         if self.draws is not None:  # what came with the split stands above what was drawn here before
             for file in sorted(self.draws.glob("*.json")):
                 write_whole(folder / file.name, file.read_bytes())
@@ -90,7 +93,7 @@ def choose(
     """The images of the split file, sought in both catalogs, or the own splits of the catalogs `data` and `test`.
 
     `rules` are the amplitude rules of the encoder. Raises DataError as `splits.read`, `splits.check` and
-    `splits.listings` do. The own splits of a catalog may share groups: the scores say so.
+    `splits.listings` do, and for own splits that share known groups, unless that is allowed.
     """
     known = cache(rules)
     if split is not None:
@@ -106,4 +109,5 @@ def choose(
     column = column or "scene"
     known_groups = [splits.groups(part, column) for part in (catalog.select("train"), other.select("test"))]
     found = splits.of_listings(train, tested, known_groups, column)
+    splits.check_groups(found, " and ".join(dict.fromkeys(map(redact, (data, test or data)))), allow_shared_groups)
     return Chosen(train, tested, found, other.select("test"), catalog.select("train").fingerprint)

@@ -114,6 +114,11 @@ def check(split: Split, where: str, allow_shared_groups: bool = False) -> None:
         shown = _first(f"{a.hash[:12]} ({a.key} = {b.key})" for a, b in both)
         what = f"{len(both):,} images lie in train and in test: {shown}"
         raise DataError(what, where=where, do="leave each on one side; scores on seen images mean nothing")
+    check_groups(split, where, allow_shared_groups)
+
+
+def check_groups(split: Split, where: str, allow_shared_groups: bool = False) -> None:
+    """Raise DataError when (unless allowed) a known group lies on both sides."""
     if (shared := split.shared_groups()) and not allow_shared_groups:
         raise DataError(
             f"{len(shared):,} groups ({split.column}) lie in train and in test: {_first(shared)}",

@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from foundation.config import Config
+from foundation.errors import ConfigError, ExplainedError
 from foundation.models.families import FAMILY, flops, parameters, shapes
 from foundation.planning.activations import widths
 from foundation.planning.cluster import GPUS, Cluster, communication, one_pass, step_seconds
 from foundation.planning.memory import Memory, memory, padded, shard_degree
+from foundation.training.refusals import meant, refusals, sums_in_bf16
 
 REPLICATED_UP_TO = 2e9  # parameters: beyond, 16 bytes each leave too little of a GPU to a replica
 GB = 1e9
@@ -69,22 +71,22 @@ def candidate(config: Config, cluster: Cluster, engine: str, micro: int) -> Cand
     return Candidate(engine, need, fits, seconds, step, config.train.global_batch / step)
 
 
-def too_coarse(config: Config) -> bool:
-    """Whether ZeRO refuses the run: in bf16 it would keep a teacher in bf16 alone."""
-    return config.train.precision == "bf16" and bool(shapes(config).teacher)
-
-
 def startable(config: Config, cluster: Cluster) -> list[str]:
-    """Engines that so many processes can form, the simplest first; hsdp needs several whole groups.
+    """Engines that so many processes can form and that take the run, the simplest first; all, where none takes it.
 
-    ZeRO does not train a teacher in bf16.
+    hsdp needs several whole groups.
     """
     if cluster.world == 1:
         return ["single"]
     group = shard_degree("hsdp", cluster.world, cluster.gpus_per_node, config.train.shard_size)
     grouped = 1 < group < cluster.world and cluster.world % group == 0
     engines = ["ddp", "zero1", "zero2", *(["hsdp"] if grouped else []), "fsdp2", "zero3"]
-    return [engine for engine in engines if not (engine.startswith("zero") and too_coarse(config))]
+    return [engine for engine in engines if not any(refused(config, cluster, engine))] or engines
+
+
+def refused(config: Config, cluster: Cluster, engine: str) -> Iterator[ExplainedError]:
+    """What training says when it starts on this cluster."""
+    yield from refusals(config, engine, cluster.world, min(cluster.world, cluster.gpus_per_node))
 
 
 def preferred(config: Config, cluster: Cluster) -> list[str]:
@@ -117,13 +119,15 @@ def fitting(config: Config, cluster: Cluster, engine: str, micro: int) -> tuple[
     """How an engine fits, changing as little as possible: (candidate, micro-batch, checkpointing), or None.
 
     Replicas take smaller micro-batches first, since accumulating costs them nothing; shards recompute first, since
-    accumulating costs them whole gradients and more gathers.
+    accumulating costs them whole gradients and more gathers. None is a micro-batch that the engine refuses.
     """
     now, share = config.train.activation_checkpointing, config.train.global_batch // cluster.world
     smaller = [d for d in divisors(share) if d < micro]
     replicas = engine in ("single", "ddp", "zero1", "zero2")
     first = [(d, now) for d in smaller] if replicas else [(micro, "full")]
     for size, mode in ((micro, now), *first, *((d, "full") for d in (micro, *smaller))):
+        if sums_in_bf16(config, engine, share // size):
+            continue
         found = candidate(with_checkpointing(config, mode), cluster, engine, size)
         if found.fits:
             return found, size, mode
@@ -148,21 +152,12 @@ def recommend(config: Config, cluster: Cluster, micro: int) -> Choice:
     return Choice(order[-1], 0, "full", "no engine fits this GPU, even with one image at a time and all recomputed")
 
 
-def engine_problems(config: Config, cluster: Cluster) -> Iterator[str]:
-    """What the configured engine refuses, whatever the memory."""
-    chosen, world = config.train, cluster.world
-    if chosen.engine == "single" and world > 1:
-        yield f"engine single, but {world} processes would train {world} separate models; use train.engine=auto"
-    if chosen.engine == "hsdp":
-        size = chosen.shard_size or min(world, cluster.gpus_per_node)
-        if world % size:
-            yield f"{world} processes do not form groups of {size}; choose a train.shard_size that divides {world}"
-    if chosen.engine.startswith("zero") and too_coarse(config):
-        yield (
-            f"{chosen.engine} in bf16 would keep the teacher in bf16 alone, too coarse for its small changes; use "
-            f"train.engine=fsdp2, hsdp or ddp, or train.precision=fp32"
+def engine_problems(config: Config, cluster: Cluster) -> Iterator[ExplainedError]:
+    """What the configured engine refuses, whatever the memory; auto is what it is under torchrun."""
+    yield from refused(config, cluster, meant(config.train.engine, cluster.world))
+    if config.train.float8 and not GPUS[cluster.gpu].fp8:
+        yield ConfigError(
+            f"train.float8 needs a GPU that has it; {cluster.gpu} does not",
+            where="train.float8",
+            do="use another GPU, or train.float8=false",
         )
-    if chosen.offload and chosen.engine in ("single", "ddp"):
-        yield f"train.offload has no meaning under engine {chosen.engine}; use fsdp2, hsdp or zero"
-    if chosen.float8 and not GPUS[cluster.gpu].fp8:
-        yield f"train.float8 needs a GPU that has it; {cluster.gpu} does not"

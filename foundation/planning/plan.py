@@ -124,7 +124,7 @@ def plan(
     """
     problems, warnings = division_problems(config, cluster.world), list[str]()
     undivided = bool(problems)
-    problems += engine_problems(config, cluster)
+    problems += map(one_line, engine_problems(config, cluster))
     share = max(1, config.train.global_batch // cluster.world)
     micro = min(config.train.micro_batch or share, share)
     best = recommend(config, cluster, micro)

@@ -14,6 +14,7 @@ from foundation.config import Config
 from foundation.errors import ConfigError, LaunchError
 from foundation.training.declared import declared
 from foundation.training.engine import DDP, Engine
+from foundation.training.refusals import meant, refusals
 from foundation.training.stopping import Stopped
 
 
@@ -61,44 +62,20 @@ def running(config: Config) -> Iterator[Engine]:
 def start(config: Config) -> Engine:
     """The engine of a configuration; `auto` is what the launcher declared, ddp for several processes without a word.
 
-    Raises ConfigError for an unknown name, LaunchError when configuration and environment contradict each other: N
-    processes with the single engine would be N independent trainings.
+    Raises ConfigError for an unknown name, the first of `refusals`, and LaunchError when configuration and environment
+    contradict each other: N processes with the single engine would be N independent trainings.
     """
     name, launched = config.train.engine, declared()
     if name not in ("auto", *ENGINES):
         raise ConfigError(f"unknown engine {name!r}", where="train.engine", do=f"choose auto, {', '.join(ENGINES)}")
-    if name == "auto":
-        name = launched.engine or ("ddp" if launched.world_size > 1 else "single")
-    if name == "single" and launched.world_size > 1:
-        raise LaunchError(
-            f"engine single, but {launched.world_size} processes were started: they would train "
-            f"{launched.world_size} separate models",
-            where="train.engine",
-            do="use train.engine=auto, or start one process",
-        )
+    name = meant(launched.engine or name, launched.world_size) if name == "auto" else name
+    for refusal in refusals(config, name, launched.world_size, launched.local_world_size):
+        raise refusal
     if launched.engine and launched.engine != name:
         raise LaunchError(
             f"the configuration says engine {name}, accelerate launch declares {launched.engine}",
             where="train.engine",
             do=f"use train.engine=auto, or another accelerate configuration than the one for {launched.engine}",
-        )
-    if config.train.float8 and (name not in ("fsdp2", "hsdp") or config.train.precision != "bf16"):
-        raise ConfigError(
-            f"float8 does not go with engine {name} in {config.train.precision}",
-            where="train.float8",
-            do="use train.engine=fsdp2 or hsdp with train.precision=bf16, or train.float8=false",
-        )
-    if config.train.offload and name in ("single", "ddp"):
-        raise ConfigError(
-            f"engine {name} keeps its state on the device",
-            where="train.offload",
-            do="use train.engine=fsdp2, hsdp or zero1 to zero3, or train.offload=false",
-        )
-    if config.train.shard_size and name != "hsdp":
-        raise ConfigError(
-            f"engine {name} has no groups of processes",
-            where="train.shard_size",
-            do="use train.engine=hsdp, or train.shard_size=null",
         )
     if reason := ENGINES[name].unavailable:
         raise LaunchError(f"engine {name} cannot run here: {reason}", where="train.engine", do="choose another engine")

@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from foundation.config import Config, TrainConfig
-from foundation.errors import LaunchError
 from foundation.models.initialise import Given, Piece, initialise
 from foundation.training.blocks import eight_bits, on_meta, poison, prepare, units, with_features
 from foundation.training.declared import declared
@@ -97,14 +96,8 @@ class HSDP(FSDP2):
     name = "hsdp"
 
     def mesh_shape(self) -> tuple[int, ...]:
-        """Replicas, pieces. Raises LaunchError when the processes do not form whole groups."""
+        """Replicas, pieces; the processes form whole groups."""
         size = self.config.train.shard_size or declared().local_world_size
-        if self.world_size % size:
-            raise LaunchError(
-                f"{self.world_size} processes do not form groups of {size}",
-                where="train.shard_size",
-                do="choose a divisor of the number of processes, at most those of a node",
-            )
         return (self.world_size // size, size)
 
 

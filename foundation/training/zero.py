@@ -16,7 +16,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from foundation.config import Config
-from foundation.errors import ConfigError
 from foundation.models.initialise import Given, Piece, initialise
 from foundation.training.average import Average, followed, trained
 from foundation.training.blocks import on_meta, poison, prepare, with_features
@@ -53,12 +52,6 @@ class Zero1(Group):
 
         options = self.options()
         plain = on_meta(build)
-        if self.config.train.precision == "bf16" and any(not p.requires_grad for p in plain.parameters()):
-            raise ConfigError(
-                f"{self.name} in bf16 would keep the teacher in bf16 alone, too coarse for its small changes",
-                where="train.engine",
-                do="use train.engine=fsdp2, hsdp or ddp, or train.precision=fp32",
-            )
         groups = rules(plain, self.config.optim.weight_decay)  # here, since stage 3 hides the shapes
         if self.stage == 3:
             with deepspeed.zero.Init(config_dict_or_path=options):
@@ -85,12 +78,6 @@ class Zero1(Group):
             zero |= {"offload_optimizer": place} | ({"offload_param": place} if self.stage == 3 else {})
         half = train.precision == "bf16"
         accumulated = train.global_batch // self.world_size // micro
-        if half and self.stage == 1 and accumulated > 1:
-            raise ConfigError(
-                "zero1 in bf16 would add up the gradients of several micro-batches in bf16",
-                where="train.engine",
-                do="use train.engine=zero2, or train.micro_batch=null",
-            )
         if train.activation_checkpointing == "selective":
             # DeepSpeed's own product adds the bias in place, a second time to a result that was kept.
             zero["memory_efficient_linear"] = False

@@ -25,7 +25,6 @@ from foundation.training.engine import Engine
 from foundation.training.setup import build_learner
 from foundation.training.step import train_step
 from foundation.training.stopping import Stopped
-from foundation.training.zero import Zero1
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ACCELERATE = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED_ZERO_STAGE", "FSDP_VERSION")
@@ -236,11 +235,10 @@ def test_a_recomputed_compiled_model_in_pieces_learns_what_the_plain_one_learns(
     assert rows[0] == pytest.approx(rows[1], rel=1e-5)
 
 
-@pytest.mark.usefixtures("group_of_one")
-def test_processes_that_do_not_fill_the_mesh_are_refused(tiny_config: Make) -> None:
+def test_processes_that_do_not_fill_the_mesh_are_refused_before_they_meet(tiny_config: Make) -> None:
     with pytest.raises(LaunchError, match=r"1 processes do not form groups of 2[\s\S]*choose a divisor"):
         engines.start(tiny_config("train.engine=hsdp", "train.shard_size=2"))
-    torch.distributed.destroy_process_group()
+    assert not torch.distributed.is_initialized()
 
 
 def test_the_count_of_updates_lies_where_the_fused_optimiser_looks_for_it(tiny_config: Make) -> None:
@@ -252,11 +250,9 @@ def test_the_count_of_updates_lies_where_the_fused_optimiser_looks_for_it(tiny_c
 
 
 def test_zero1_in_bf16_refuses_to_add_up_gradients_in_bf16() -> None:
-    engine = object.__new__(Zero1)  # its options need no processes
-    engine.config = from_dict({"train": {"precision": "bf16", "global_batch": 300, "micro_batch": 30}})
-    engine.world_size, engine.device = 1, torch.device("cpu")
+    train = {"engine": "zero1", "precision": "bf16", "global_batch": 300, "micro_batch": 30}
     with pytest.raises(ConfigError, match=r"zero1 in bf16 would add up[\s\S]*train.engine=zero2"):
-        engine.options()
+        engines.start(from_dict({"train": train}))
 
 
 @pytest.mark.parametrize(

@@ -137,6 +137,31 @@ def test_shared_groups_are_marked_in_every_score(scored: Path, catalog: Path, tm
     assert "TRAIN AND TEST SHARE 1 GROUPS" in (run / "scores.md").read_text()
 
 
+def test_robustness_takes_images_as_evaluate_does_and_is_marked_in_report_and_sent_to_mlflow(
+    command: Command, scored: Path, catalog: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, sent = tmp_path / "run", []
+    shutil.copytree(scored, run)
+    (run / "report.html").unlink(missing_ok=True)
+    split = splits.read(next((run / "splits").glob("*.json")))
+    shared = splits.Split(tuple(row._replace(group="one scene") for row in split.rows))
+    path = splits.write(shared, tmp_path / "shared.json")
+    monkeypatch.setattr(runs, "publish", lambda run, config, run_id, files, scores: sent.extend(files))
+    asked = ("robustness", run, "--data", catalog, "--split", path, "--corruptions", "gain", "--crop", 0)
+    code, _, err = command(*asked)
+    assert code == 2
+    assert "1 groups (scene) lie in train and in test: one scene" in err
+    assert not (run / "robustness.json").exists()
+    code, out, err = command(*asked, "--allow-shared-groups")
+    assert code == 0, err
+    assert "TRAIN AND TEST SHARE 1 GROUPS" in " ".join(out.split())
+    kept = json.loads((run / "robustness.json").read_text())["settings"]
+    assert (kept["shared_groups"], kept["allow_shared_groups"], kept["split"]) == (1, True, shared.sha256)
+    assert splits.read(run / kept["split_file"]) == shared
+    assert "Scores of changed test images" in (run / "report.html").read_text()
+    assert {"robustness.json", "report.html", "robustness.png"} <= {file.name for file in sent}
+
+
 def test_two_runs_are_compared_on_the_command_line(command: Command, scored: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(scored, other)

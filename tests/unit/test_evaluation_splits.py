@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,6 +159,28 @@ def test_a_group_on_both_sides_is_refused_unless_the_scores_may_say_so(packed: P
     assert found.split.shared_groups() == ["train-1"]
     unknown = changed(own(packed), lambda r: r._replace(group=""))
     assert chosen(packed, unknown, tmp_path).split.shared_groups() == []
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_own_splits_that_share_a_known_group_are_refused_unless_allowed(
+    command: Callable[..., Any], tmp_path: Path, known: bool
+) -> None:
+    scene = {"scene": "train-0"} if known else {}
+    tested = [replace(record, meta=scene) for record in chips("test")]
+    pack(tmp_path, [SourceSpec("train", split="train", records=chips("train", scenes=known))])
+    pack(tmp_path, [SourceSpec("test", split="test", records=tested)])
+    if known:
+        with pytest.raises(DataError, match=r"1 groups \(scene\) lie in train and in test: train-0") as caught:
+            choose(str(tmp_path), None, DataConfig())
+        assert caught.value.where == str(tmp_path)
+        assert "--allow-shared-groups" in caught.value.do
+    else:  # nothing is known of their groups
+        choose(str(tmp_path), None, DataConfig())
+    found = choose(str(tmp_path), None, DataConfig(), allow_shared_groups=True)
+    assert found.split.shared_groups() == ["train-0"] * known
+    code, out, err = command("splits", tmp_path, "--out", tmp_path / "split.json")
+    assert code == 0, err
+    assert ("lie on both sides: evaluate will refuse this file" in out) == known
 
 
 @pytest.mark.parametrize("side", ["train", "test"])

@@ -259,7 +259,7 @@ def test_problems_come_all_at_once() -> None:
     ("train", "cluster", "problem"),
     [
         ({"engine": "hsdp", "shard_size": 3}, Cluster(8), "8 processes do not form groups of 3"),
-        ({"engine": "ddp", "offload": True}, Cluster(8), "train.offload has no meaning under engine ddp"),
+        ({"engine": "ddp", "offload": True}, Cluster(8), "keeps its state on the device (train.offload); use"),
         ({"engine": "ddp", "float8": True}, Cluster(8, gpu="a100"), "train.float8 needs a GPU that has it; a100"),
     ],
 )
