@@ -59,8 +59,16 @@ def show_cells(found: Comparison, path: Path, overrides: list[str]) -> None:
     ]
     print_table(("cell", "row", "seed", "state", "run"), rows)
     command = shlex.join(["foundation", "compare", str(path), *overrides])
-    show("Slurm array", f"sbatch --array=0-{len(found.cells) - 1} --wrap {shlex.quote(command)}")
+    show("Slurm array", array_command(command, len(found.cells)))
     show("then", f"{command} --collect")
+
+
+def array_command(command: str, cells: int) -> str:
+    """Every cell as a task of a Slurm array; one that is asked to stop saves and goes back to the queue."""
+    from foundation.signals import STOPPED
+
+    script = f"srun {command}; code=$?; [ $code -ne {STOPPED} ] || scontrol requeue $SLURM_JOB_ID; exit $code"
+    return f"sbatch --array=0-{cells - 1} --requeue --signal=USR2@300 --open-mode=append --wrap {shlex.quote(script)}"
 
 
 def one(found: Comparison, cell: int, device: str | None) -> None:

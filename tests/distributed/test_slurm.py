@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,9 @@ from processes import ROOT, TINY, record, same_state
 from processes import position as trained
 from slurm_cluster import SlurmCluster, missing
 
+from foundation.cli_compare import array_command
+from foundation.comparing.cells import finished
+from foundation.comparing.plan import load
 from launch.submit import Submission, prepare, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=missing() or "-")]
@@ -115,6 +120,34 @@ def test_a_training_that_is_preempted_and_loses_a_node_ends_with_the_bits_of_an_
     left = {"code", "config.yaml", "job.sbatch", "submission.json", "accelerate.yaml", f"job-{number}.log"}
     assert {file.name for file in (run / "submit-001").iterdir()} == left
     assert not (run / "stop").exists()
+
+
+def test_the_runs_of_a_comparison_are_an_array_whose_tasks_save_and_come_back(
+    cluster: SlurmCluster, tmp_path: Path, catalog: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text(TINY.format(root=tmp_path, catalog=catalog))
+    (tmp_path / "pair.yaml").write_text(
+        "name: pair\nconfig: run.yaml\nseeds: [0]\nevaluate: {protocols: [knn]}\n"
+        "rows: [{name: A}, {name: B, overrides: [objective.name=lomar-sar]}]\n"
+    )
+    length = f"train.samples={LENGTH}"
+    compare = shlex.join([sys.executable, "-m", "foundation", "compare", "pair.yaml", length])
+    words = shlex.split(array_command(compare, 2))
+    job = cluster.run(*words, "--parsable", "--time=00:20:00", f"--output={tmp_path}/%a.log").strip()
+    run = tmp_path / "runs" / "pair" / "b-seed0"
+    cluster.until("it trains", lambda: trained(run) >= LENGTH // 10, 240)
+    rows = cluster.run("squeue", "--noheader", "--array", f"--jobs={job}", "--format=%K %A").splitlines()
+    number = dict(map(str.split, rows))["1"]  # a task that runs is a job of its own
+    cluster.run("scancel", "--signal=USR2", number)
+    cluster.start_now(number, 120)
+    assert trained(run) == position(run) < LENGTH
+    for task, own in map(str.split, rows):
+        state = cluster.wait(own, ("COMPLETED", "FAILED"), 240)
+        assert state == "COMPLETED", (tmp_path / f"{task}.log").read_text()
+    found = load(tmp_path / "pair.yaml", [length])
+    assert all(finished(found, cell) for cell in found.cells)
+    assert trained(run) == LENGTH
 
 
 def test_a_run_that_makes_no_progress_is_started_twice_and_not_again(cluster: SlurmCluster, job: Prepare) -> None:

@@ -306,7 +306,7 @@ def test_the_command_lists_runs_one_cell_and_collects(
 ) -> None:
     path = compared()
     listed = command("compare", path, "--list")
-    assert "sbatch --array=0-3 --wrap" in listed.out
+    assert "sbatch --array=0-3 --requeue --signal=USR2@300 --open-mode=append --wrap" in " ".join(listed.out.split())
     assert "no run is finished" in command("compare", path, "--collect").out
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "7")
     assert "there is no cell 7" in command("compare", path).err
