@@ -230,7 +230,8 @@ def _words(kind: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is dict:
         return f"name: {_words(args[1])}, ..."
     if origin is tuple:
-        return f"list of {_words(args[0])}" if args[-1] is ... else f"list [{'; '.join(map(_words, args))}]"
+        least = next((f"at least {n} times " for m in metadata if (n := getattr(m, "min_length", None) or 0) > 1), "")
+        return f"list of {least}{_words(args[0])}" if args[-1] is ... else f"list [{'; '.join(map(_words, args))}]"
     bounds = [
         text.format(value)
         for item in metadata
