@@ -156,15 +156,6 @@ def test_a_draw_from_a_class_that_is_too_small_names_it_with_its_count() -> None
     assert "5 shots" in str(caught.value)
 
 
-def test_equal_images_count_and_are_drawn_once() -> None:
-    y, hashes = torch.tensor([0, 0, 0, 0, 1, 1, 1]), ("a", "b", "a", "c", "d", "a", "e")
-    assert fewshot.different(y, hashes, ("x", "y")) == [[0, 1, 3], [5, 4, 6]]
-    for seed in range(10):
-        assert sorted(fewshot.draw(y, hashes, ("x", "y"), 3, seed).tolist()) == [0, 1, 3, 4, 5, 6]
-    with pytest.raises(DataError, match="fewer different training images: x 3, y 3"):
-        fewshot.draw(y, hashes, ("x", "y"), 4, 0)
-
-
 def test_the_schedule_warms_up_for_two_epochs_and_then_follows_a_cosine() -> None:
     recipe = Recipe()
     assert [recipe.rate(e) for e in (0, 1, 2)] == [1e-5, 1e-5, 1e-3]

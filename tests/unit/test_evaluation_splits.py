@@ -233,6 +233,15 @@ def sampled(packed: Path, tmp_path: Path):
     return direct, draws, index, path
 
 
+def test_equal_images_count_and_are_drawn_once() -> None:
+    y, hashes = torch.tensor([0, 0, 0, 0, 1, 1, 1]), ("a", "b", "a", "c", "d", "a", "e")
+    assert fewshot.different(y, hashes, ("x", "y")) == [[0, 1, 3], [5, 4, 6]]
+    for seed in range(10):
+        assert sorted(fewshot.draw(y, hashes, ("x", "y"), 3, seed).tolist()) == [0, 1, 3, 4, 5, 6]
+    with pytest.raises(DataError, match="fewer different training images: x 3, y 3"):
+        fewshot.draw(y, hashes, ("x", "y"), 4, 0)
+
+
 def test_a_draw_among_equal_images_is_read_again_as_it_was_drawn(sampled, tmp_path: Path) -> None:
     direct, draws, *_ = sampled
     train, test = direct.train, direct.test
