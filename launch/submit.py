@@ -18,6 +18,7 @@ from typing import Any
 from foundation.config import Config, load, resolved_yaml
 from foundation.errors import ConfigError, LaunchError, StorageError
 from foundation.files import write_whole
+from foundation.training.refusals import meant, refusals
 from launch.chain import STOPPED
 from launch.cluster import Cluster, load_cluster
 from launch.freeze import freeze
@@ -68,7 +69,7 @@ class Submission:
 def prepare(
     config: Path, cluster: Path, overrides: Sequence[str] = (), data: str | None = None, protocols: Sequence[str] = ()
 ) -> Submission:
-    """Read and check both files. Raises ConfigError, or LaunchError when there is nothing to evaluate."""
+    """Read and check both files. Raises ConfigError or LaunchError for what cannot start and for nothing to evaluate."""
     loaded, where = load(config, overrides), load_cluster(cluster)
     origin = {"config": str(config), "overrides": list(overrides), "cluster": str(cluster)}
     submission = Submission(loaded, where, origin, data=data)
@@ -97,7 +98,7 @@ def unseen(submission: Submission) -> list[str]:
 
 
 def _check_world(config: Config, cluster: Cluster) -> None:
-    """What the trainer would refuse on the nodes is refused before the queue."""
+    """What the trainer would refuse on the nodes is refused before the queue. Raises ConfigError or LaunchError."""
     world, lanes, batch = cluster.nodes * cluster.processes, config.data.lanes, config.train.global_batch
     micro, engine = config.train.micro_batch, config.train.engine
     if lanes % world or batch // world % (micro or 1):
@@ -109,14 +110,14 @@ def _check_world(config: Config, cluster: Cluster) -> None:
         )
     if not config.data.catalog:
         raise ConfigError("no data: data.catalog is not set", where="data.catalog", do="add data.catalog=PATH")
-    if engine == "single" and world > 1:
-        raise ConfigError(f"engine single, but {world} processes", where="train.engine", do="use train.engine=auto")
     if cluster.engine and engine not in ("auto", cluster.engine):
         raise ConfigError(
             f"the configuration says engine {engine}, that of accelerate declares {cluster.engine}",
             where=f"train.engine, {cluster.accelerate_config}",
             do="use train.engine=auto, or the file for this engine in launch/accelerate",
         )
+    for refusal in refusals(config, meant(cluster.engine or engine, world), world, cluster.processes):
+        raise refusal
 
 
 def _some(words: Sequence[str]) -> str:

@@ -128,13 +128,15 @@ def test_what_cannot_work_is_refused_before_the_queue(job: Callable[..., Submiss
     [
         ("data.catalog=null", "no data: data.catalog is not set"),
         ("train.engine=single", "engine single, but 2 processes"),
+        ("train.float8=true", "float8 does not go with engine ddp"),
+        ("train.shard_size=2", "engine ddp has no groups of processes"),
         ("train.micro_batch=100", "start 1 or 3 processes in all"),
     ],
 )
 def test_a_run_that_cannot_start_is_refused_before_the_queue(
     job: Callable[..., Submission], override: str, message: str
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises((ConfigError, LaunchError)) as caught:
         job("nodes: 2", override)
     assert message in str(caught.value)
 
