@@ -69,7 +69,7 @@ class Submission:
 def prepare(
     config: Path, cluster: Path, overrides: Sequence[str] = (), data: str | None = None, protocols: Sequence[str] = ()
 ) -> Submission:
-    """Read and check both files. Raises ConfigError or LaunchError for what cannot start and for nothing to evaluate."""
+    """Read and check both files. Raises ConfigError or LaunchError when nothing could start, or nothing be scored."""
     loaded, where = load(config, overrides), load_cluster(cluster)
     origin = {"config": str(config), "overrides": list(overrides), "cluster": str(cluster)}
     submission = Submission(loaded, where, origin, data=data)
