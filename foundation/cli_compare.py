@@ -67,7 +67,9 @@ def array_command(command: str, cells: int) -> str:
     """Every cell as a task of a Slurm array; one that is asked to stop saves and goes back to the queue."""
     from foundation.signals import STOPPED
 
-    script = f"srun {command}; code=$?; [ $code -ne {STOPPED} ] || scontrol requeue $SLURM_JOB_ID; exit $code"
+    # One task of an array has the number of the array for its own, and that number would requeue all of them.
+    task = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
+    script = f"srun {command}; code=$?; [ $code -ne {STOPPED} ] || scontrol requeue {task}; exit $code"
     return f"sbatch --array=0-{cells - 1} --requeue --signal=USR2@300 --open-mode=append --wrap {shlex.quote(script)}"
 
 

@@ -137,14 +137,14 @@ def test_the_runs_of_a_comparison_are_an_array_whose_tasks_save_and_come_back(
     job = cluster.run(*words, "--parsable", "--time=00:20:00", f"--output={tmp_path}/%a.log").strip()
     run = tmp_path / "runs" / "pair" / "b-seed0"
     cluster.until("it trains", lambda: trained(run) >= LENGTH // 10, 240)
-    rows = cluster.run("squeue", "--noheader", "--array", f"--jobs={job}", "--format=%K %A").splitlines()
-    number = dict(map(str.split, rows))["1"]  # a task that runs is a job of its own
-    cluster.run("scancel", "--signal=USR2", number)
-    cluster.start_now(number, 120)
+    # By the array and the index: one of the tasks has the number of the array, which names them all.
+    cluster.run("scancel", "--signal=USR2", f"{job}_1")
+    cluster.start_now(f"{job}_1", 120)
     assert trained(run) == position(run) < LENGTH
-    for task, own in map(str.split, rows):
-        state = cluster.wait(own, ("COMPLETED", "FAILED"), 240)
+    for task in range(2):
+        state = cluster.wait(f"{job}_{task}", ("COMPLETED", "FAILED"), 240)
         assert state == "COMPLETED", (tmp_path / f"{task}.log").read_text()
+    assert [cluster.show(f"{job}_{task}")["Restarts"] for task in range(2)] == ["0", "1"]
     found = load(tmp_path / "pair.yaml", [length])
     assert all(finished(found, cell) for cell in found.cells)
     assert trained(run) == LENGTH
