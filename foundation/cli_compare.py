@@ -81,7 +81,7 @@ def one(found: Comparison, cell: int, device: str | None) -> None:
 
     try:
         show("run", run_cell(found, cell, device))
-    except Stopped:
+    except (Stopped, signals.Requested):
         raise typer.Exit(signals.STOPPED) from None
 
 

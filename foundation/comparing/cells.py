@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from foundation import signals
 from foundation.comparing.plan import Cell, Comparison
 from foundation.config import config_hash, flatten, load
 from foundation.errors import CheckpointError, ConfigError
@@ -49,6 +50,7 @@ def judged(comparison: Comparison, cell: Cell) -> dict[str, Any]:
 def run_cell(comparison: Comparison, number: int, device: str | None = None) -> Path:
     """Train and judge one cell in this process; returns its run folder.
 
+    Asked to stop, the training saves and raises Stopped; the evaluation, which starts anew, raises signals.Requested.
     Raises ConfigError for a number out of range, and what training and evaluation raise.
     """
     if not 0 <= number < len(comparison.cells):
@@ -68,17 +70,18 @@ def run_cell(comparison: Comparison, number: int, device: str | None = None) -> 
     how = comparison.spec.evaluate
     data = how.data or cell.config.data.catalog[0]
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    scores = judge_run(
-        run,
-        data,
-        ",".join(how.protocols),
-        Options(how.mode, how.recipe, how.shots, range(how.draws)),
-        allow_shared_groups=True,  # marked; a refusal would come after the training
-        crop=how.crop,
-        device=where,
-        controls=number == 0,  # the same in every cell
-        report=False,  # the training has drawn one
-    )
+    with signals.at_once():
+        scores = judge_run(
+            run,
+            data,
+            ",".join(how.protocols),
+            Options(how.mode, how.recipe, how.shots, range(how.draws)),
+            allow_shared_groups=True,  # marked; a refusal would come after the training
+            crop=how.crop,
+            device=where,
+            controls=number == 0,  # the same in every cell
+            report=False,  # the training has drawn one
+        )
     mark = judged(comparison, cell) | {"scores": [asdict(score) for score in scores]}
     write_whole(run / MARK, json.dumps(mark, indent=1))
     return run

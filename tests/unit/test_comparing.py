@@ -8,20 +8,24 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from foundation import signals
 from foundation.comparing.cells import LOG, MARK, Outcome, command_line, finished, judged, run_all, run_cell
 from foundation.comparing.figure import comparison_figure
 from foundation.comparing.plan import Comparison, load
 from foundation.comparing.results import Results, Value, collect, rank_correlation
 from foundation.comparing.table import caption, cell, to_markdown
+from foundation.config import Config
 from foundation.errors import CheckpointError, ConfigError
 from foundation.evaluation.scores import score
+from foundation.training.run import train
 from shards.errors import DataError
 
 ROWS = "[{name: SAR-JEPA, published: 70.3}, {name: Pixels (raw), overrides: [objective.name=lomar-sar]}]"
@@ -198,6 +202,52 @@ def test_an_interruption_asks_running_cells_to_save_and_begins_no_other(
     assert 1 in stopped
     assert 3 not in began
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.fixture
+def listened() -> Iterator[None]:
+    """Signals that ask to stop are what they were after the test, and forgotten."""
+    before = [(number, signal.getsignal(number)) for number in signals.SIGNALS]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
+    signals.forget()
+
+
+@pytest.mark.parametrize("when", ["before the evaluation", "within it"])
+def test_a_cell_that_is_asked_to_stop_does_not_evaluate_on_and_goes_on_later(
+    compared: Callable[..., Path],
+    command: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    listened: None,
+    when: str,
+) -> None:
+    path = compared()
+    waited: list[float] = []
+
+    def asked(*_: object, **__: object) -> Any:
+        try:
+            os.kill(os.getpid(), signal.SIGUSR2)
+            time.sleep(60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)  # launchers ask twice, and cleaning up goes on
+            waited.append(0)
+
+    def trained(config: Config) -> Path:
+        run = train(config)
+        if when == "before the evaluation":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run
+
+    with monkeypatch.context() as patched:
+        patched.setattr("foundation.training.run.train", trained)
+        patched.setattr("foundation.evaluation.runs.measure", asked)
+        assert command("compare", path, "--cell", "0").code == signals.STOPPED
+    assert waited == ([] if when == "before the evaluation" else [0])
+    assert not finished(load(path), load(path).cells[0])
+    signals.forget()
+    assert command("compare", path, "--cell", "0").code == 0
+    assert finished(load(path), load(path).cells[0])
 
 
 def test_the_command_of_a_cell_carries_file_overrides_and_device() -> None:
