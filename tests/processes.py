@@ -57,7 +57,11 @@ def finish(process: subprocess.Popen[str], seconds: float = 120) -> tuple[int, s
         output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.terminate()  # a launcher ends its processes, which hold the pipe too
-        output, _ = process.communicate(timeout=60)
+        try:
+            output, _ = process.communicate(timeout=60)
+        except subprocess.TimeoutExpired as expired:
+            process.kill()
+            output = f"{expired.output}, and did not end when it was asked to"
         raise AssertionError(f"the process hangs; it printed\n{output}") from None
     return process.returncode, output
 

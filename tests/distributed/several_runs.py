@@ -54,7 +54,7 @@ def main(yaml: str, *arguments: str) -> None:
         if learner.engine.rank == learner.engine.world_size - 1:
             time.sleep(0.1 if "slow" in learner.config.name else 0)
             if "stuck" in learner.config.name and position == STUCK:
-                time.sleep(8)
+                time.sleep(12)
             if "spoilt" in learner.config.name:
                 learner = learner._replace(objective=Spoilt(learner.objective, position))
         return step(learner, batches, position, limit)

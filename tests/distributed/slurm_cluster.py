@@ -64,6 +64,10 @@ def missing() -> str:
     return f"no Slurm here: {', '.join(absent)} not installed" if absent else ""
 
 
+class Refused(AssertionError):
+    """A Slurm command failed; one that only asks may be answered later, by a controller that is busy."""
+
+
 class SlurmCluster:
     """`start`, then `sbatch`, `wait`, `log`; `kill_node` and `start_node` take a node away and bring it back."""
 
@@ -116,7 +120,8 @@ class SlurmCluster:
     def run(self, *command: str) -> str:
         """What a Slurm command prints."""
         done = self._call(*command)
-        assert done.returncode == 0, f"{command}: {done.stderr}"
+        if done.returncode:
+            raise Refused(f"{command}: {done.stderr}")
         return done.stdout
 
     def _call(self, *command: str) -> subprocess.CompletedProcess[str]:
@@ -143,7 +148,14 @@ class SlurmCluster:
     def until(self, what: str, holds: Callable[[], bool], timeout: float, job: str = "") -> None:
         """Wait until `holds`; fails with the log of the job, if one is named."""
         end = time.monotonic() + PATIENCE * timeout
-        while not holds():
+
+        def yet() -> bool:
+            try:
+                return holds()
+            except Refused:
+                return False
+
+        while not yet():
             told = f"; the job says\n{self.log(job)}\n{self.show(job)}" if job else ""
             nodes = self._call("sinfo", "-hN", "-o", "%N %T %E").stdout if time.monotonic() > end else ""
             assert time.monotonic() < end, f"in vain for {PATIENCE * timeout} s: {what}; nodes:\n{nodes}{told}"
@@ -156,11 +168,12 @@ class SlurmCluster:
         def requeued() -> bool:
             shown = self.show(job)
             self.restarts[job] = int(shown["Restarts"])
-            return shown["JobState"] == "PENDING" and self.restarts[job] > before
+            return shown["JobState"] != "COMPLETING" and self.restarts[job] > before
 
         self.until(f"job {job} is requeued", requeued, timeout, job)
         # A node revokes the credential of a requeued job by the second: one that starts in the same second is refused.
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+2")
+        asked = self._call("scontrol", "update", f"JobId={job}", "StartTime=now+2")
+        assert asked.returncode == 0 or self.state(job) != "PENDING", asked.stderr  # its two minutes may be over
 
     def log(self, job: str) -> str:
         """Everything a job printed so far."""

@@ -2,7 +2,8 @@
 
     stand_in.py CONFIG       run by every process; environment STAND_IN: `stuck` never saves, `fail` ends with 3
 
-It stops on a signal (rank 0) or on the stop file (the others), saves, and ends with 85. One sample takes 50 ms.
+It stops on a signal (rank 0) or on the stop file (the others), saves, and ends with 85. One sample takes 50 ms; with a
+file `hold` in the run folder there is always one more.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def main() -> int:
     node, code = os.environ["SLURMD_NODENAME"], Path(__file__).parent
     print(f"rank {rank} of {world} on {node}: from {start} in {code}", flush=True)
     (attempt / f"started-{rank}").touch()
-    while position < config["train"]["samples"]:
+    while position < config["train"]["samples"] or (run / "hold").exists():
         time.sleep(0.05)
         position += 1
         if mode == "fail" or (rank == 0 and (run / "die").exists()):

@@ -194,8 +194,10 @@ def test_a_run_that_may_not_be_requeued_saves_and_stays_away(cluster: SlurmClust
 def test_a_run_goes_on_after_the_node_of_its_batch_script_has_died(cluster: SlurmCluster, job: Prepare) -> None:
     run = job(60)
     number, _ = submit(run)
+    (run.run / "hold").touch()  # the node dies while it trains, however late
     started(cluster, number, run.run)
     cluster.kill_node("n1")
+    (run.run / "hold").unlink()
     cluster.revive_node("n1")
     cluster.start_now(number)  # nobody is left to ask for it: Slurm requeues it by itself
     assert cluster.wait(number, ("COMPLETED", "FAILED")) == "COMPLETED"
@@ -211,12 +213,14 @@ def test_a_run_goes_on_after_the_node_of_its_batch_script_has_died(cluster: Slur
 def test_a_failure_that_a_dead_node_caused_is_not_final(cluster: SlurmCluster, job: Prepare) -> None:
     run = job(60)
     number, _ = submit(run)
+    (run.run / "hold").touch()
     started(cluster, number, run.run)
     cluster.kill_node("n2")
     (run.run / "die").touch()  # rank 0 sees the loss before Slurm does
     cluster.until("the chain has decided", lambda: len(history(run.run)) > 1, 90, number)
     assert history(run.run)[1] == "requeue at 0 samples: a node is lost"
     (run.run / "die").unlink()
+    (run.run / "hold").unlink()
     cluster.revive_node("n2")
     cluster.start_now(number)
     assert cluster.wait(number, ("COMPLETED", "FAILED")) == "COMPLETED"

@@ -33,7 +33,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory, finished: Path) -> Path:
         interrupted(finished, root / f"resumed-{world}", 48)
         whole = (f"run_root={root}", f"name=whole-{world}", f"data.workers={workers}")
         resumed = (f"run_root={root}", f"name=resumed-{world}", f"data.workers={2 - workers}")
-        stuck = (f"run_root={root}", f"name=stuck-{world}", "train.samples=40", "train.patience=3")
+        stuck = (f"run_root={root}", f"name=stuck-{world}", "train.samples=40", "train.patience=5")
         code, output = torchrun(world, SCRIPT, tiny, *whole, "--", *resumed, "--", *stuck)
         assert code == 0, output
         assert f"engine: ddp, {world} process(es)" in output

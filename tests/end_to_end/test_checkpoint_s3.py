@@ -22,7 +22,7 @@ pytest.importorskip("moto.server", reason="moto[server] is not installed")
 pytest.importorskip("s3fs", reason="s3fs is not installed")
 
 ROOT = "s3://bucket/runs/a"
-HASTY = Retry(patience=0.3, first=0.01, longest=0.05, connect=1, read=5)
+HASTY = Retry(patience=0.3, first=0.01, longest=0.05, connect=30, read=60)
 
 
 @pytest.fixture

@@ -50,11 +50,11 @@ def mixture(catalog) -> Mixture:
 
 
 def start_ranks(
-    root: str, out: Path, world: int, workers: tuple[int, ...], start: int, pace: float = 0
+    root: str, out: Path, world: int, workers: tuple[int, ...], start: int, hold: int | None = None
 ) -> list[BaseProcess]:
     ranks = range(world)
     processes = [
-        FORKS.Process(target=main, args=(root, out, rank, world, workers, start, STOP, WEIGHTS, pace)) for rank in ranks
+        FORKS.Process(target=main, args=(root, out, rank, world, workers, start, STOP, WEIGHTS, hold)) for rank in ranks
     ]
     for process in processes:
         process.start()
@@ -100,7 +100,7 @@ def test_world_size_changed_twice_after_kills_in_the_middle_changes_nothing(corp
     seen: dict[int, tuple[int, int]] = {}
     for world, workers, kill in ((2, 1, 12), (4, 0, 25), (1, 3, None)):
         start = len(seen)
-        processes = start_ranks(corpus.root, tmp_path, world, (workers,), start, pace=0 if kill is None else 0.05)
+        processes = start_ranks(corpus.root, tmp_path, world, (workers,), start, kill)
         files = [tmp_path / f"w{workers}-from{start}-rank{r}of{world}" for r in range(world)]
         if kill is None:
             assert [ended(process) for process in processes] == [0]

@@ -48,9 +48,8 @@ def packed(out: Path, shard_bytes: int) -> Path:
 def test_a_disk_that_fills_up_stops_the_run_and_loses_nothing(
     tiny_config: Make, tiny_yaml: Path, finished: Path
 ) -> None:
+    run = interrupted(finished, tiny_config().run_folder, 16)
     process = start("train", tiny_yaml)
-    run = tiny_config().run_folder
-    wait(process, lambda: latest(run)[0] is not None)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))  # small files only from now on
     code, output = finish(process)
     assert code == 2, output

@@ -30,7 +30,7 @@ def test_a_killed_process_goes_on_as_if_nothing_had_happened(
     """Fifty kills of the same kind, without the command line, are in test_checkpoint_crashes.py."""
     killed = tiny_config().run_folder
     process = start("train", tiny_yaml)
-    wait(process, lambda: position(killed) >= 32)
+    wait(process, lambda: position(killed) >= 40)  # the save of 32, which waits for that of 16, is behind it
     process.kill()
     code, output = finish(process)
     assert code == -signal.SIGKILL, output

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from object_store import DATA, FORK, STEADY, ObjectServer, item, point_to
+from object_store import DATA, FORK, HASTY, STEADY, ObjectServer, item, point_to
 from torch.utils.data import DataLoader, Dataset
 
 from shards import store as module
@@ -28,7 +28,7 @@ SHUT = Retry(patience=0.2, first=0.01, longest=0.05, connect=1, read=0.5)
 @pytest.fixture
 def server(upstream: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectServer]:
     """The proxy; the environment points every client to it."""
-    with ObjectServer(upstream=upstream, slow=1) as proxy:
+    with ObjectServer(upstream=upstream, slow=2.5 * HASTY.read) as proxy:
         fs = point_to(proxy, monkeypatch)
         fs.pipe({f"bucket/c/{name}": data for name, data in DATA.items()})
         proxy.requests.clear()
@@ -56,6 +56,7 @@ def test_files_of_a_bucket_are_listed_read_and_fetched(server: ObjectServer, sto
 
 @pytest.mark.parametrize("fault", [500, 503, "truncate", "short", "hang", "slow", "other"])
 def test_a_passing_fault_costs_one_more_request(server: ObjectServer, store: Store, fault: str | int) -> None:
+    store.retry = HASTY if fault in ("hang", "slow") else STEADY
     server.faults.append(fault)
     assert store.fetch(*item("0.tar")).read_bytes() == DATA["0.tar"]
     assert len(server.gets("0.tar")) == 2
@@ -133,7 +134,7 @@ def test_forked_children_share_what_each_downloads(server: ObjectServer, store: 
     children = [FORK.Process(target=prefetch_and_fetch, args=(store, results)) for _ in range(3)]
     for child in children:
         child.start()
-    assert [results.get(timeout=20) for _ in children] == [[True] * len(DATA)] * 3
+    assert [results.get(timeout=120) for _ in children] == [[True] * len(DATA)] * 3
     for child in children:
         child.join()
         assert child.exitcode == 0
@@ -157,6 +158,6 @@ class Shards(Dataset[str]):
 
 def test_workers_of_a_data_loader_fetch_through_one_cache(server: ObjectServer, store: Store) -> None:
     assert store.fetch(*item("5.tar")).exists()
-    loader = DataLoader(Shards(store), batch_size=None, num_workers=2, multiprocessing_context=FORK, timeout=20)
+    loader = DataLoader(Shards(store), batch_size=None, num_workers=2, multiprocessing_context=FORK, timeout=120)
     assert list(loader) == [f"{name} {item(name)[2]}" for name in [*DATA, *DATA]]
     assert [len(server.gets(name)) for name in DATA] == [1] * len(DATA)

@@ -25,7 +25,12 @@ FORK = multiprocessing.get_context("fork")
 def hold(folder: Path, ready: Any, worker: bool) -> None:
     """Own the folder until the end of time; with a worker that is forked meanwhile and lives on."""
     with owned(folder):
+        reading, writing = os.pipe()
         child = os.fork() if worker else -1
+        if child == 0:
+            os.write(writing, b"forked")  # and with that has let go
+        elif worker:
+            os.read(reading, 6)
         if child:
             ready.put(child)
         signal.pause()

@@ -81,7 +81,7 @@ def test_any_bytes_arrive_in_parts_of_any_size(
 ) -> None:
     fs, base = filesystem("memory://bucket/c")
     fs.pipe_file(f"{base}/a.tar", data)
-    store = Store("memory://bucket/c", Cache(tmp_path_factory.mktemp("cache"), 1000), HASTY)
+    store = Store("memory://bucket/c", Cache(tmp_path_factory.mktemp("cache"), 1000), STEADY)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PIECE", piece)
         patch.setattr(module, "TOGETHER", together)
@@ -94,15 +94,15 @@ def test_equal_names_of_two_catalogs_and_two_versions_do_not_meet(server: Object
     for _ in range(2):
         for root in "ab":
             data = f"of {root}".encode()
-            assert Store(f"{server.url}/{root}", cache, HASTY).fetch(*item("0.tar", data)).read_bytes() == data
+            assert Store(f"{server.url}/{root}", cache, STEADY).fetch(*item("0.tar", data)).read_bytes() == data
     server.files["/a/0.tar"] = b"repacked"
-    assert Store(f"{server.url}/a", cache, HASTY).fetch(*item("0.tar", b"repacked")).read_bytes() == b"repacked"
+    assert Store(f"{server.url}/a", cache, STEADY).fetch(*item("0.tar", b"repacked")).read_bytes() == b"repacked"
     assert len(server.gets()) == 3
 
 
 def test_a_query_goes_to_the_server_and_does_not_part_the_cache(server: ObjectServer, cache: Cache) -> None:
     for token in ("one", "two"):
-        store = Store(f"{server.url}/c/?token={token}", cache, HASTY)
+        store = Store(f"{server.url}/c/?token={token}", cache, STEADY)
         assert store.fetch(*item("0.tar")).read_bytes() == DATA["0.tar"]
     assert len(server.gets("/c/0.tar")) == 1
 
@@ -149,7 +149,8 @@ def test_a_file_that_others_take_away_again_and_again_is_given_up(
 
 @pytest.mark.parametrize("fault", [500, 503, 429, "truncate", "short", "hang", "slow", "other"])
 def test_a_passing_fault_costs_one_more_request(server: ObjectServer, store: Store, fault: str | int) -> None:
-    server.slow = 1
+    server.slow = 2.5 * HASTY.read
+    store.retry = HASTY if fault in ("hang", "slow") else STEADY
     server.faults.append(fault)
     assert store.fetch(*item("0.tar")).read_bytes() == DATA["0.tar"]
     assert len(server.gets("0.tar")) == 2
@@ -179,11 +180,11 @@ def test_other_bytes_than_listed_mean_that_the_server_changed(server: ObjectServ
 
 
 def test_patience_ends_with_what_was_tried(server: ObjectServer, cache: Cache) -> None:
-    hasty = Store(f"{server.url}/c", cache, Retry(patience=0.3, first=0.01, longest=0.05))
+    hasty = Store(f"{server.url}/c", cache, Retry(patience=1, first=0.01, longest=0.05))
     server.always = 503
     with pytest.raises(DataError, match=r"given up after \d+ tries [\s\S]*503[\s\S]*see whether it can be reached"):
         hasty.fetch(*item("0.tar"))
-    assert len(server.gets()) > 3
+    assert len(server.gets()) > 1
     server.down()
     with pytest.raises(DataError, match=r"given up after \d+ tries [\s\S]*Cannot connect"):
         hasty.read("0.tar")
@@ -234,12 +235,12 @@ def test_google_buckets_are_read_before_and_after_a_fork(
     monkeypatch.setattr(module, "_filesystems", {})
     place = "/download/storage/v1/b/bucket/o/c%2F"
     server.files = {f"{place}{name}": data for name, data in DATA.items()}
-    store = Store("gs://bucket/c", cache, HASTY)
+    store = Store("gs://bucket/c", cache, STEADY)
     assert store.fetch(*item("0.tar")).read_bytes() == store.read("0.tar") == DATA["0.tar"]
     results = FORK.Queue()
     child = FORK.Process(target=fetch_all, args=(store, ["1.tar"], results))
     child.start()
-    assert results.get(timeout=20) == [True]
+    assert results.get(timeout=120) == [True]
     child.join()
     for status, message in ((403, "access denied"), (404, "there is no such file"), (416, "changed on the server")):
         server.faults.append(status)
@@ -286,7 +287,7 @@ def test_a_store_works_after_a_fork_and_after_pickling(server: ObjectServer, sto
     results = FORK.Queue()
     child = FORK.Process(target=prefetch_in_child, args=(store, results))
     child.start()
-    assert results.get(timeout=20) == [True]
+    assert results.get(timeout=120) == [True]
     child.join()
     copy = pickle.loads(pickle.dumps(store))
     assert (copy.root, copy.cache, copy.retry) == (store.root, store.cache, store.retry)
@@ -308,6 +309,6 @@ while not any(any(part.read_bytes()) for part in store.cache.place.glob("*/*.par
     time.sleep(0.01)
 """
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=20)
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert len(server.gets()) == 1
