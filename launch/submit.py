@@ -22,6 +22,7 @@ from foundation.training.refusals import meant, refusals
 from launch.chain import STOPPED
 from launch.cluster import Cluster, load_cluster
 from launch.freeze import freeze
+from shards.redaction import tells
 
 TEMPLATES = Path(__file__).with_name("slurm")
 PROGRAM = ("-m", "foundation", "train")
@@ -78,6 +79,12 @@ def prepare(
     if data is None:
         _check_world(loaded, where)
         return submission
+    if tells(data):
+        raise LaunchError(
+            "a URL with a user name, a password or a query is not written into a job script, which others can read",
+            where=f"--evaluate {data}",
+            do="take credentials from the environment, or foundation evaluate RUN --data URL on a node",
+        )
     if loaded.train.checkpoints:
         raise LaunchError(
             "checkpoints that are not in the run folder cannot be evaluated this way",
@@ -194,7 +201,8 @@ def _directives(submission: Submission, folder: Path) -> list[str]:
         # One at a time: each adds its scores to the one scores.json of the run.
         options |= {"array": f"0-{tasks - 1}%1"}
     else:
-        options |= {"signal": f"B:USR2@{cluster.signal_seconds}"}
+        # A script that is sent again waits for the job that trains this run: the name is that of the run folder.
+        options |= {"signal": f"B:USR2@{cluster.signal_seconds}", "dependency": "singleton"}
     lines = [f"--{name}={_quoted(str(value))}" for name, value in options.items() if value not in (None, 0)]
     return [*lines, "--requeue", *cluster.extra]
 

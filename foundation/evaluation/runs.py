@@ -24,6 +24,7 @@ from foundation.interchange import load_encoder, random_encoder
 from foundation.training import checkpoint
 from foundation.training.data import training_catalog
 from shards.catalog import Catalog
+from shards.redaction import bare
 
 FOREIGN = (".pth", ".pt", ".ckpt", ".safetensors", ".bin")
 
@@ -148,7 +149,8 @@ def refuse_foreign(path: Path) -> None:
 
 
 def named(place: str | Path, fingerprint: str) -> str:
-    """Last part of a path and the first digits of what it holds."""
+    """Last part of a path and the first digits of what it holds. Of a URL without its query: a key is no name."""
+    place = bare(str(place)).partition("?")[0]
     return f"{os.path.basename(os.path.abspath(place))} {fingerprint[:8]}"
 
 

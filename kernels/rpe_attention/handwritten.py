@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from kernels.rpe_attention.building import PREBUILT
 from kernels.rpe_attention.fused import blocks
 from kernels.rpe_attention.layout import Layout, Problem
 
 MAX_LENGTH = 64
 HEADS = (32, 64)
 _HOME = os.environ.get("CUDA_HOME") or None
-BUILT = Path(__file__).with_name("_cuda.so").exists() or bool(shutil.which("nvcc", path=_HOME and f"{_HOME}/bin"))
+BUILT = PREBUILT.exists() or bool(shutil.which("nvcc", path=_HOME and f"{_HOME}/bin"))
 """The library is there, or a compiler that makes it on first use."""
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from exported_runs import config_of, make_run
+from object_store import ObjectServer
 from test_evaluation import NAMES, Chips, Toy, task
 
 from foundation import cli_text
@@ -49,6 +50,22 @@ def test_all_protocols_leave_out_shots_that_a_class_does_not_have_and_the_named_
     with pytest.raises(DataError, match=f"^{least + 1} shots per class were asked for"):
         measure(encoders, t, "knn,fewshot", Options(shots=(1, least + 1), seeds=(0,)))
     assert told == [], "nothing was computed for it"
+
+
+def test_the_key_of_a_signed_url_is_in_nothing_that_an_evaluation_writes(
+    finished: Path, catalog: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    served = {f"/c/{file.relative_to(catalog)}": file.read_bytes() for file in catalog.rglob("*") if file.is_file()}
+    with ObjectServer(served) as server:
+        for key in ("S3CR3T-one", "S3CR3T-two"):
+            scores = evaluate_run(run, f"{server.url}/c/?sv=2024&sig={key}", "knn", report=key == "S3CR3T-two")
+    assert {score.settings["data"].split()[0] for score in scores} == {"c"}, "the name in MLflow, too"
+    assert len(scores) == len({(score.encoder, score.metric) for score in scores}), "a new key is no new measurement"
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    assert run / "report.html" in files
+    assert [file for file in files if b"S3CR3T" in file.read_bytes()] == []
 
 
 def test_all_protocols_share_one_extraction_for_each_encoder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,12 +139,18 @@ def test_the_build_hook_needs_no_pytorch_and_no_other_package(tmp_path: Path) ->
     assert (tmp_path / "_cuda.so").exists()
 
 
-def test_a_library_built_ahead_of_time_may_stand_apart_from_the_code() -> None:
-    code = "from kernels.rpe_attention import building; print(building.PREBUILT)"
+def test_a_library_built_ahead_of_time_may_stand_apart_from_the_code(tmp_path: Path) -> None:
+    code = """
+from kernels.rpe_attention import building, handwritten
+print(building.PREBUILT, handwritten.BUILT)
+"""
+    (tmp_path / "kernels.so").touch()
+    beside = Path(building.__file__).with_name("_cuda.so")
     for value, expected in (
-        ("/opt/kernels.so", "/opt/kernels.so"),
-        ("", str(Path(building.__file__).with_name("_cuda.so"))),
+        ("/opt/kernels.so", "/opt/kernels.so False"),
+        (f"{tmp_path}/kernels.so", f"{tmp_path}/kernels.so True"),
+        ("", f"{beside} {beside.exists()}"),
     ):
-        environ = {**os.environ, "SAR_FOUNDATION_KERNELS": value}
+        environ = {**os.environ, "SAR_FOUNDATION_KERNELS": value, "CUDA_HOME": str(tmp_path)}  # no nvcc there
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True)
         assert done.stdout.strip() == expected, done.stderr

@@ -297,6 +297,12 @@ def test_an_evaluation_is_one_task_for_each_checkpoint_and_protocol(
     assert calls(called) == [[*words, "--device", "cpu"]]
 
 
+def test_the_key_of_a_signed_url_is_not_written_into_a_job_script(job: Callable[..., Submission]) -> None:
+    with pytest.raises(LaunchError, match=r"not written into a job script[\s\S]*evaluate http://h/c\?\*\*\*") as caught:
+        job("nodes: 2", data="http://h/c?sv=2024&sig=S3CR3T")
+    assert "S3CR3T" not in str(caught.value)
+
+
 def test_an_evaluation_of_checkpoints_elsewhere_is_refused_with_what_to_do_instead(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(f"name: a\nrun_root: {tmp_path}\ntrain: {{checkpoints: 's3://bucket/a'}}\n")
     (tmp_path / "cluster.yaml").write_text("nodes: 1\n")
