@@ -76,13 +76,16 @@ def array_command(command: str, cells: int) -> str:
 def one(found: Comparison, cell: int, device: str | None) -> None:
     """One cell in this process."""
     from foundation import signals
-    from foundation.comparing.cells import run_cell
+    from foundation.comparing.cells import BUSY, Busy, run_cell
     from foundation.training.stopping import Stopped
 
     try:
         show("run", run_cell(found, cell, device))
     except (Stopped, signals.Requested):
         raise typer.Exit(signals.STOPPED) from None
+    except Busy as busy:
+        console.print(escape(str(busy)), highlight=False, soft_wrap=True)
+        raise typer.Exit(BUSY) from None
 
 
 def everything(
@@ -103,14 +106,16 @@ def everything(
         ended += 1
         c = found.cells[outcome.number]
         state = "[green]finished[/]" if outcome.finished else "[bold red]FAILED[/]"
+        if outcome.busy:
+            state = "[yellow]left to another process[/]"
         name = escape(c.config.name)
         console.print(f"{ended}/{waiting}  {name}  {state} in {outcome.seconds:,.0f} s", highlight=False)
-        if not outcome.finished:
+        if not (outcome.finished or outcome.busy):
             console.print(escape(outcome.lines), highlight=False, soft_wrap=True)
             show("log", c.config.run_folder / "cell.log")
 
     outcomes = run_all(found, command_line(path, overrides, device), at_once, told)
-    return [outcome for outcome in outcomes if not outcome.finished]
+    return [outcome for outcome in outcomes if not (outcome.finished or outcome.busy)]
 
 
 def write_results(found: Comparison) -> None:

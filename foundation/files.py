@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,16 @@ from foundation.errors import StorageError
 def write_whole(path: Path, content: str | bytes) -> Path:
     """Write `content` under a temporary name, then rename: a full disk leaves the old file. Text becomes UTF-8.
 
-    Raises StorageError.
+    Of several writers the last one wins, whole. Raises StorageError.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise StorageError(
             f"{path.name} cannot be written: {error.strerror or error}",
             where=str(path.parent),

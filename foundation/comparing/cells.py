@@ -1,7 +1,8 @@
-"""A cell is a training and its scores. Both go on where they were stopped; what is finished is not done again."""
+"""A cell is a training and its scores: goes on where it was stopped, is not done again, and never by two at once."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import queue
@@ -17,74 +18,140 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import FileLock, Timeout
+
 from foundation import signals
 from foundation.comparing.plan import Cell, Comparison
-from foundation.config import config_hash, flatten, load
-from foundation.errors import CheckpointError, ConfigError
+from foundation.config import Config, config_hash, flatten, load
+from foundation.errors import CheckpointError, ConfigError, LaunchError, StorageError
 from foundation.files import read_json, write_whole
 
 MARK, LOG = "judged.json", "cell.log"
 LAST_LINES = 12  # of the log of a cell that failed
+BUSY = 75  # exit code, that of sysexits.h for what another time will do
+MACHINE = ("run_root", "tracking.", "train.threads", "train.patience", "data.workers", "data.cache")
+"""Keys, and beginnings of keys, that say where a cell runs and who is told: a cell stays what it is without them."""
+
+
+class Busy(LaunchError):
+    """Another process works on this cell."""
 
 
 class Outcome(NamedTuple):
-    """What became of a cell: its number, whether it is finished, how long it took, and its last lines if it failed."""
+    """What became of a cell: its number, whether it is finished, how long it took, and its last lines if it is not.
+
+    `busy`: it was left to another process.
+    """
 
     number: int
     finished: bool
     seconds: float
     lines: str = ""
+    busy: bool = False
 
 
 def finished(comparison: Comparison, cell: Cell) -> bool:
     """Whether the run of this very configuration has been judged as the comparison asks."""
-    mark = cell.config.run_folder / MARK
-    return mark.exists() and read_json(mark).items() >= judged(comparison, cell).items()
+    path, asked = cell.config.run_folder / MARK, judged(comparison, cell)
+    if not path.exists():
+        return False
+    mark = read_json(path)
+    if mark.get("config") == config_hash(cell.config):  # older marks name the whole configuration
+        mark["config"] = asked["config"]
+    return bool(mark.items() >= asked.items())
 
 
 def judged(comparison: Comparison, cell: Cell) -> dict[str, Any]:
     """What the mark of a finished cell says, beside its scores: the run and how it was judged."""
-    return {"config": config_hash(cell.config), "evaluate": comparison.spec.evaluate.model_dump(mode="json")}
+    return {"config": _identity(cell.config), "evaluate": comparison.spec.evaluate.model_dump(mode="json")}
+
+
+def _identity(config: Config) -> str:
+    """The first 12 hex digits of the sha256 of what decides."""
+    text = json.dumps(_decisive(config), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _decisive(config: Config) -> dict[str, Any]:
+    """The keys that decide what a cell is."""
+    return {key: value for key, value in flatten(config).items() if not key.startswith(MACHINE)}
 
 
 def run_cell(comparison: Comparison, number: int, device: str | None = None) -> Path:
     """Train and judge one cell in this process; returns its run folder.
 
     Asked to stop, the training saves and raises Stopped; the evaluation, which starts anew, raises signals.Requested.
-    Raises ConfigError for a number out of range, and what training and evaluation raise.
+    Raises ConfigError for a number out of range, Busy, and what training and evaluation raise.
     """
     if not 0 <= number < len(comparison.cells):
         what = f"there is no cell {number}: this comparison has {len(comparison.cells)}, counted from 0"
         raise ConfigError(what, where="--cell", do="`--list` shows them")
     cell = comparison.cells[number]
+    folder = cell.config.run_folder
     if finished(comparison, cell):
-        return cell.config.run_folder
+        return folder
+    lock = FileLock(folder / ".cell.lock")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        what = "another process works on this cell"
+        raise Busy(what, where=str(folder), do="wait for it; then --collect makes the table") from None
+    except OSError as error:
+        what = f"the run folder cannot be written: {error.strerror or error}"
+        raise StorageError(what, where=str(folder), do="correct the permissions, or change run_root") from error
+    with lock:
+        return folder if finished(comparison, cell) else _run(comparison, number, device)
+
+
+def _run(comparison: Comparison, number: int, device: str | None) -> Path:
+    """Train a cell that nobody else works on, and judge it."""
+    from foundation.training.run import train
+
+    cell = comparison.cells[number]
+    _refuse_another(cell)
+    run = train(cell.config)
+    tried = run / ".judging"
+    try:
+        with signals.at_once():
+            _judge(comparison, number, run, device)
+    except signals.Requested:
+        if tried.exists():  # without an end to it, a time limit that is too short would bring it back for ever
+            tried.unlink()
+            raise LaunchError(
+                "the evaluation, which starts anew each time, was asked to stop a second time",
+                where=str(run),
+                do="give it more time (sbatch --time), or fewer protocols, shots or draws",
+            ) from None
+        tried.touch()
+        raise
+    tried.unlink(missing_ok=True)
+    return run
+
+
+def _judge(comparison: Comparison, number: int, run: Path, device: str | None) -> None:
+    """Score the run of a cell as the comparison asks, and mark it."""
     import torch
 
     from foundation.evaluation.protocols import Options
     from foundation.evaluation.runs import judge_run
-    from foundation.training.run import train
 
-    _refuse_another(cell)
-    run = train(cell.config)
-    how = comparison.spec.evaluate
+    cell, how = comparison.cells[number], comparison.spec.evaluate
     data = how.data or cell.config.data.catalog[0]
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    with signals.at_once():
-        scores = judge_run(
-            run,
-            data,
-            ",".join(how.protocols),
-            Options(how.mode, how.recipe, how.shots, range(how.draws)),
-            allow_shared_groups=True,  # marked; a refusal would come after the training
-            crop=how.crop,
-            device=where,
-            controls=number == 0,  # the same in every cell
-            report=False,  # the training has drawn one
-        )
+    scores = judge_run(
+        run,
+        data,
+        ",".join(how.protocols),
+        Options(how.mode, how.recipe, how.shots, range(how.draws)),
+        allow_shared_groups=True,  # marked; a refusal would come after the training
+        crop=how.crop,
+        device=where,
+        controls=number == 0,  # the same in every cell
+        report=False,  # the training has drawn one
+    )
     mark = judged(comparison, cell) | {"scores": [asdict(score) for score in scores]}
     write_whole(run / MARK, json.dumps(mark, indent=1))
-    return run
 
 
 def _refuse_another(cell: Cell) -> None:
@@ -92,7 +159,7 @@ def _refuse_another(cell: Cell) -> None:
     kept = cell.config.run_folder / "config.yaml"
     if not kept.exists():
         return
-    then, now = flatten(load(kept)), flatten(cell.config)  # keys newer than the run have their defaults
+    then, now = _decisive(load(kept)), _decisive(cell.config)  # keys newer than the run have their defaults
     if changed := [key for key in now if then[key] != now[key]]:
         raise CheckpointError(
             f"the folder of this cell holds a run with other values of: {', '.join(changed)}",
@@ -107,7 +174,8 @@ def run_all(
     """Run every cell that is not finished, `jobs` at a time, each `command --cell K` in a process of its own.
 
     With GPUs each job has one of them in turn; without, the cores are shared out. A cell that fails does not stop the
-    others. Interrupted, the processes save their checkpoints and end.
+    others, and one that another process works on is left to it. Interrupted, the processes save their checkpoints and
+    end.
     """
     waiting = [n for n, cell in enumerate(comparison.cells) if not finished(comparison, cell)]
     slots: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -140,16 +208,22 @@ def _spawn(
     cell, began = comparison.cells[number], time.monotonic()
     log = cell.config.run_folder / LOG
     log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "wb") as file:
+    with open(log, "ab") as file:  # another process may write to it
+        before = file.tell()
         process = start([*command, "--cell", str(number)], stdout=file, stderr=subprocess.STDOUT, env=environment)
         code = process.wait() if process else -signal.SIGTERM
-    lines = "" if code == 0 else "\n".join(log.read_text(errors="replace").splitlines()[-LAST_LINES:])
-    return Outcome(number, code == 0 and finished(comparison, cell), time.monotonic() - began, lines)
+    printed = log.read_bytes()[before:].decode(errors="replace").splitlines()
+    lines = "" if code == 0 else "\n".join(printed[-LAST_LINES:])
+    done = code == 0 and finished(comparison, cell)
+    return Outcome(number, done, time.monotonic() - began, lines, busy=code == BUSY)
 
 
 @contextmanager
 def _children() -> Iterator[Callable[..., subprocess.Popen[bytes] | None]]:
-    """A function that starts processes; when the block is left by an exception or SIGTERM they are asked to stop."""
+    """A function that starts processes; they are asked to stop when the block is left by an exception or a signal.
+
+    That is SIGTERM, and SIGHUP, which a terminal that is closed sends, unless it is ignored (nohup).
+    """
     running: list[subprocess.Popen[bytes]] = []
     stopping, one_at_a_time = False, threading.Lock()  # no process begins unseen by the one that asks them to stop
 
@@ -157,7 +231,8 @@ def _children() -> Iterator[Callable[..., subprocess.Popen[bytes] | None]]:
         raise KeyboardInterrupt
 
     mine = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if mine else None
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if mine and signal.getsignal(n) != signal.SIG_IGN]
+    before = [(number, signal.signal(number, stop)) for number in numbers]
 
     def start(command: Sequence[str], **how: Any) -> subprocess.Popen[bytes] | None:
         with one_at_a_time:
@@ -176,8 +251,8 @@ def _children() -> Iterator[Callable[..., subprocess.Popen[bytes] | None]]:
             process.send_signal(signal.SIGTERM)
         raise
     finally:
-        if mine:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 def _environment(slot: int, jobs: int) -> dict[str, str]:
@@ -189,7 +264,7 @@ def _environment(slot: int, jobs: int) -> dict[str, str]:
         seen = environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
         names = seen if seen != [""] else [str(n) for n in range(gpus)]
         return environment | {"CUDA_VISIBLE_DEVICES": names[slot % gpus]}
-    share = max(1, (os.cpu_count() or 1) // jobs)
+    share = max(1, len(os.sched_getaffinity(0)) // jobs)  # of the cores that are ours, not of all there are
     return {"OMP_NUM_THREADS": str(share), **environment}
 
 

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from foundation import signals
-from foundation.comparing.cells import LOG, MARK, Outcome, command_line, finished, judged, run_all, run_cell
+from foundation.comparing.cells import BUSY, LOG, MARK, Outcome, command_line, finished, judged, run_all, run_cell
 from foundation.comparing.figure import comparison_figure
 from foundation.comparing.plan import Comparison, load
 from foundation.comparing.results import Results, Value, collect, rank_correlation
 from foundation.comparing.table import caption, cell, to_markdown
-from foundation.config import Config
+from foundation.config import Config, config_hash
 from foundation.errors import CheckpointError, ConfigError
 from foundation.evaluation.scores import score
 from foundation.training.run import train
@@ -148,6 +149,8 @@ root, cell = pathlib.Path(sys.argv[1]), int(sys.argv[-1])
 print("line of the log")
 if cell == 1:
     sys.exit("this cell breaks")
+if cell == 2:
+    sys.exit(75)
 """
 
 
@@ -157,16 +160,22 @@ def test_a_cell_that_fails_does_not_stop_the_others_and_shows_its_last_lines(
     found = load(compared())
     scored(found, {"SAR-JEPA": [0.5, 0.5], "Pixels (raw)": [0.5, 0.5]})
     (found.cells[1].config.run_folder / MARK).unlink()
+    (found.cells[1].config.run_folder / LOG).write_text("an earlier attempt\n")
+    (found.cells[2].config.run_folder / MARK).unlink()
     (found.cells[3].config.run_folder / MARK).write_text("{}")  # of other settings
     script = tmp_path / "stand_in.py"
     script.write_text(STAND_IN)
     told: list[Outcome] = []
     run_all(found, [sys.executable, str(script), str(tmp_path)], 2, told.append)
-    assert sorted(o.number for o in told) == [1, 3]
-    assert sorted(p.name for p in tmp_path.glob("seen-*")) == ["seen-1", "seen-3"]
-    broken = next(o for o in told if o.number == 1)
-    assert not broken.finished
-    assert "this cell breaks" in broken.lines
+    broken, busy, _ = sorted(told)
+    assert [o.number for o in sorted(told)] == [1, 2, 3]
+    assert {p.name: p.read_text() for p in tmp_path.glob("seen-*")} == dict.fromkeys(
+        ("seen-1", "seen-2", "seen-3"), str(max(1, len(os.sched_getaffinity(0)) // 2))
+    )
+    assert (broken.finished, broken.busy) == (False, False)
+    assert (busy.finished, busy.busy) == (False, True)
+    assert broken.lines == "line of the log\nthis cell breaks"
+    assert (found.cells[1].config.run_folder / LOG).read_text().startswith("an earlier attempt\n")
     assert "line of the log" in (found.cells[3].config.run_folder / LOG).read_text()
 
 
@@ -183,17 +192,18 @@ while cell != 0 or not (root / "began-1").exists():
 """
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_an_interruption_asks_running_cells_to_save_and_begins_no_other(
-    compared: Callable[..., Path], tmp_path: Path
+    compared: Callable[..., Path], tmp_path: Path, number: signal.Signals
 ) -> None:
     script = tmp_path / "sleeps.py"
     script.write_text(SLEEPS)
 
     def interrupted(outcome: Outcome) -> None:
         assert outcome.number == 0
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         run_all(load(compared()), [sys.executable, str(script), str(tmp_path)], 2, interrupted)
     began, stopped = ({int(p.name[-1]) for p in tmp_path.glob(f"{word}-?")} for word in ("began", "stopped"))
@@ -201,7 +211,66 @@ def test_an_interruption_asks_running_cells_to_save_and_begins_no_other(
     assert stopped <= began - {0}  # one that is asked before it listens ends as well
     assert 1 in stopped
     assert 3 not in began
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+
+
+def test_a_terminal_that_is_closed_ends_nothing_that_was_told_to_stay(
+    compared: Callable[..., Path], tmp_path: Path
+) -> None:
+    found, script = load(compared()), tmp_path / "stand_in.py"
+    scored(found, {"SAR-JEPA": [0.5, 0.5], "Pixels (raw)": [0.5, 0.5]})
+    (found.cells[0].config.run_folder / MARK).unlink()
+    script.write_text(STAND_IN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        command = [sys.executable, str(script), str(tmp_path)]
+        run_all(found, command, 1, lambda _: os.kill(os.getpid(), signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_cell_is_left_to_the_process_that_works_on_it(
+    compared: Callable[..., Path], command: Callable[..., Any]
+) -> None:
+    found, path = load(compared()), compared()
+    scored(found, {"SAR-JEPA": [0.5, 0.5], "Pixels (raw)": [0.5, 0.5]})
+    folder = found.cells[1].config.run_folder
+    (folder / MARK).unlink()
+    with FileLock(folder / ".cell.lock"):
+        one = command("compare", path, "--cell", "1")
+        assert one.code == BUSY
+        assert f"another process works on this cell\n  where: {folder}\n" in one.out
+        whole = command("compare", path)
+    assert whole.code == 0
+    assert "1/1  sar-jepa-seed3  left to another process in" in whole.out
+    assert "Not finished, so not in the table: sar-jepa-seed3" in whole.out
+
+
+def test_a_cell_stays_what_it_is_on_another_machine(compared: Callable[..., Path], tmp_path: Path) -> None:
+    found = load(compared())
+    scored(found, {"SAR-JEPA": [0.5, 0.5], "Pixels (raw)": [0.5, 0.5]})
+    there = (
+        "tracking.uri=http://new:5000",
+        "data.workers=3",
+        "train.threads=2",
+        f"run_root={os.path.relpath(tmp_path / 'runs')}",
+    )
+    other = load(compared(), there)
+    assert all(finished(other, c) for c in other.cells)
+    old = found.cells[0].config.run_folder / MARK
+    mark = json.loads(old.read_text())
+    old.write_text(json.dumps(mark | {"config": config_hash(found.cells[0].config)}))
+    assert finished(found, found.cells[0]), "older marks name the whole configuration"
+    old.write_text(json.dumps(mark | {"config": config_hash(load(compared(), ["optim.lr=1"]).cells[0].config)}))
+    assert not finished(found, found.cells[0])
+
+
+def test_a_run_that_began_on_another_machine_goes_on(compared: Callable[..., Path]) -> None:
+    run_cell(load(compared()), 2)
+    other = load(compared(), ["train.threads=2", "tracking.experiment=other"])
+    (other.cells[2].config.run_folder / MARK).unlink()
+    run_cell(other, 2)
+    assert finished(other, other.cells[2])
 
 
 @pytest.fixture
@@ -245,6 +314,13 @@ def test_a_cell_that_is_asked_to_stop_does_not_evaluate_on_and_goes_on_later(
         assert command("compare", path, "--cell", "0").code == signals.STOPPED
     assert waited == ([] if when == "before the evaluation" else [0])
     assert not finished(load(path), load(path).cells[0])
+    signals.forget()
+    with monkeypatch.context() as patched:
+        patched.setattr("foundation.evaluation.runs.measure", asked)
+        again = command("compare", path, "--cell", "0")
+    assert again.code == 2, "not for ever: 85 would bring a task of an array back"
+    assert "was asked to stop a second time" in again.err
+    assert "give it more time" in again.err
     signals.forget()
     assert command("compare", path, "--cell", "0").code == 0
     assert finished(load(path), load(path).cells[0])
