@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
+from foundation.errors import StorageError
 from foundation.evaluation.calibration import calibration_error, confusion, reliability, wilson
 from foundation.evaluation.figures import style
 from foundation.evaluation.figures.answers import confusion_figure, reliability_figure
@@ -284,3 +285,9 @@ def test_names_are_taken_as_they_are_and_the_same_numbers_give_the_same_bytes(na
         FIGURES[name](path)
     assert (tmp_path / "1.png").read_bytes() == (tmp_path / "2.png").read_bytes()
     assert (tmp_path / "1.png").stat().st_size > 5000
+
+
+def test_a_folder_that_takes_no_figure_is_named(tmp_path: Path) -> None:
+    (tmp_path / "figures").write_text("a file")
+    with pytest.raises(StorageError, match=rf"speed\.png cannot be written: [\s\S]*where: {tmp_path}/figures"):
+        style.save(style.canvas(1, 1)[0], tmp_path / "figures" / "speed.png")

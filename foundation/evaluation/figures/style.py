@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+
+from foundation.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,10 +60,10 @@ def bare(axes: Axes) -> Axes:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write the PNG (the same bytes for the same figure) and return its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, facecolor="white", metadata={"Software": None})
-    return path
+    """Write the PNG (the same bytes for the same figure) and return its path. Raises StorageError."""
+    content = BytesIO()
+    figure.savefig(content, format="png", dpi=120, facecolor="white", metadata={"Software": None})
+    return write_whole(path, content.getvalue())
 
 
 def colours(names: Sequence[str]) -> dict[str, str]:
