@@ -48,33 +48,49 @@ def newest(run: Path) -> int:
 
 def begin(state: dict[str, Any], job: str, position: int) -> Decision:
     """Count an attempt, and the one before when it never came to its end; changes `state`."""
-    if state.get("job") != job:  # somebody submitted it again: that is a decision, not a loop
-        state.update(job=job, attempt=0, idle=0, began=None)
-    if state["began"] is not None:
-        _close(state, position)
-    if state["idle"] >= LIMIT:
+    mine = _own(state, job)
+    if mine["began"] is not None:
+        _close(mine, position)
+    if mine["idle"] >= LIMIT:
         return Decision("stop", f"{LIMIT} attempts without progress")
-    state["attempt"] += 1
-    state["began"] = position
-    return Decision("start", f"attempt {state['attempt']}")
+    mine["attempt"] += 1
+    mine["began"] = position
+    return Decision("start", f"attempt {mine['attempt']}")
 
 
-def end(state: dict[str, Any], position: int, status: int, lost: bool) -> Decision:
+def end(state: dict[str, Any], job: str, position: int, status: int, lost: bool) -> Decision:
     """What follows an attempt that ended with this exit status; `lost`: a node did not answer. Changes `state`."""
-    _close(state, position)
+    mine = _own(state, job)
+    _close(mine, position)
     if status == 0:
         return Decision("done", "finished")
     if status != STOPPED and not lost:
         return Decision("failed", f"exit status {status}")
     why = "a node is lost" if lost else "stopped on request"
-    if state["idle"] >= LIMIT:
+    if mine["idle"] >= LIMIT:
         return Decision("stop", f"{why}; {LIMIT} attempts without progress")
     return Decision("requeue", why)
 
 
-def _close(state: dict[str, Any], position: int) -> None:
-    state["idle"] = 0 if position > state["began"] else state["idle"] + 1
-    state["began"] = None
+def _own(state: dict[str, Any], job: str) -> dict[str, Any]:
+    """The counters of a job. One that somebody submitted again has its own: that is a decision, not a loop."""
+    own: dict[str, Any] = state.setdefault("jobs", {}).setdefault(job, {"attempt": 0, "idle": 0, "began": None})
+    return own
+
+
+def _close(mine: dict[str, Any], position: int) -> None:
+    """An attempt whose beginning is not known, since somebody deleted the state meanwhile, counts as idle."""
+    mine["idle"] = 0 if mine["began"] is not None and position > mine["began"] else mine["idle"] + 1
+    mine["began"] = None
+
+
+def rival(state: dict[str, Any], job: str) -> str:
+    """Another job that trains this run now; empty without one.
+
+    The dependency of the job script holds a second job back, but whoever sends it can take that away.
+    """
+    begun = (other for other, its in state["jobs"].items() if other != job and its["began"] is not None)
+    return next((other for other in begun if job_state(other) in ("RUNNING", "SUSPENDED")), "")
 
 
 def read(run: Path) -> dict[str, Any]:
@@ -82,18 +98,20 @@ def read(run: Path) -> dict[str, Any]:
     try:
         text = (run / FILE).read_text(encoding="utf-8")
     except FileNotFoundError:
-        return {"history": []}
+        return {"history": [], "jobs": {}}
     state = json.loads(text)
     if not isinstance(state, dict) or not isinstance(state.get("history"), list):
         raise ValueError("not the state of a chain")
+    if not isinstance(state.setdefault("jobs", {}), dict):
+        raise ValueError("no counters of jobs")
     return state
 
 
-def write(run: Path, state: dict[str, Any], line: str) -> None:
+def write(run: Path, state: dict[str, Any], job: str, line: str) -> None:
     """Save the state with one more line of its history: whole, or not at all."""
     print(f"chain: {line}", flush=True)
     now = time.strftime("%Y-%m-%d %H:%M:%S%z")
-    state["history"] = [*state["history"], f"{now} job {state['job']}: {line}"][-KEPT:]
+    state["history"] = [*state["history"], f"{now} job {job}: {line}"][-KEPT:]
     temporary = run / f".{FILE}.tmp"
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(state, file, indent=1)
@@ -133,19 +151,24 @@ def main(arguments: list[str] | None = None) -> int:
     position = newest(given.run)
     try:
         state = read(given.run)
+        other = rival(state, given.job) if given.when == "begin" else ""
+        if other:  # the file is that job's, which may write it at this moment
+            todo = f"wait for it, or end it: scancel {other}"
+            print(f"chain: not started: job {other} trains {given.run} at this moment; {todo}", file=sys.stderr)
+            return 1
         if given.when == "begin":
             decision = begin(state, given.job, position)
         else:
-            decision = end(state, position, given.status, given.lost)
+            decision = end(state, given.job, position, given.status, given.lost)
     except (ValueError, KeyError, TypeError) as error:
         print(f"chain: {given.run / FILE} cannot be used ({error!r}); delete it to start anew", file=sys.stderr)
         return 1
-    write(given.run, state, f"{decision.action} at {position} samples: {decision.reason}")
+    write(given.run, state, given.job, f"{decision.action} at {position} samples: {decision.reason}")
     if decision.action != "requeue":
         return {"start": 0, "done": 0}.get(decision.action, given.status or 1)
     refusal = requeue(given.job)
     if refusal:
-        write(given.run, state, f"not requeued here: {refusal}")
+        write(given.run, state, given.job, f"not requeued here: {refusal}")
     return given.status if refusal else 0
 
 

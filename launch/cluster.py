@@ -45,10 +45,11 @@ OURS = (
     "requeue",
     "no-requeue",
     "array",
+    "dependency",
     "nodes",
     "time",
 )
-OURS_SHORT = ("-J", "-o", "-e", "-D", "-a", "-N", "-t")
+OURS_SHORT = ("-J", "-o", "-e", "-D", "-a", "-d", "-N", "-t")
 EARLY = 60
 """Slurm may send the signal so many seconds before its time (sbatch manual, `--signal`)."""
 
@@ -103,7 +104,9 @@ class Cluster(Section):
             option = line.split("=")[0].split()[0] if line.split() else ""
             if not option.startswith("-"):
                 raise ValueError(f"options that begin with -, not {line!r}")
-            if option.removeprefix("--") in OURS or (option[:2] in OURS_SHORT and option[1] != "-"):
+            # sbatch takes the beginning of a name for the name: --depend=afterok:7
+            long = option.startswith("--") and any(name.startswith(option[2:]) for name in OURS)
+            if long or (option[:2] in OURS_SHORT and option[1] != "-"):
                 raise ValueError(f"no {option}: `foundation submit` sets it")
         return value
 

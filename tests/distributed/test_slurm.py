@@ -169,6 +169,44 @@ def test_a_run_that_fails_is_not_started_again_and_its_exit_code_is_that_of_the_
     assert history(run.run) == ["start at 0 samples: attempt 1", "failed at 0 samples: exit status 3"]
 
 
+def test_a_job_script_that_is_sent_again_waits_for_the_chain_that_is_on(cluster: SlurmCluster, job: Prepare) -> None:
+    run = job(300)
+    number, folder = submit(run)
+    started(cluster, number, run.run)
+    again = cluster.sbatch(folder / "job.sbatch")
+    cluster.until("the second waits", lambda: cluster.show(again)["Reason"] == "Dependency", 60, again)
+    cluster.run("scancel", "--batch", "--signal=USR2", number)
+    cluster.start_now(number)
+    assert cluster.state(again) == "PENDING"
+    assert cluster.wait(number, ("COMPLETED", "FAILED")) == "COMPLETED", cluster.log(number)
+    assert cluster.wait(again, ("COMPLETED", "FAILED")) == "COMPLETED", cluster.log(again)
+    saved = int(history(run.run)[1].split()[2])
+    assert history(run.run) == [
+        "start at 0 samples: attempt 1",
+        f"requeue at {saved} samples: stopped on request",
+        f"start at {saved} samples: attempt 2",
+        "done at 300 samples: finished",
+        "start at 300 samples: attempt 1",
+        "done at 300 samples: finished",
+    ]
+
+
+def test_a_second_job_that_does_not_wait_ends_and_leaves_the_chain_alone(cluster: SlurmCluster, job: Prepare) -> None:
+    run = job(1000)
+    number, folder = submit(run)
+    started(cluster, number, run.run)
+    again = cluster.sbatch(folder / "job.sbatch", f"--dependency=after:{number}")
+    assert cluster.wait(again, ("COMPLETED", "FAILED")) == "FAILED"
+    assert f"chain: not started: job {number} trains " in cluster.log(again)
+    cluster.run("scancel", "--batch", "--signal=USR2", number)
+    assert cluster.wait(number, ("PENDING", "COMPLETED", "FAILED")) == "PENDING", cluster.log(number)
+    cluster.run("scancel", number)
+    assert history(run.run) == [
+        "start at 0 samples: attempt 1",
+        f"requeue at {position(run.run)} samples: stopped on request",
+    ]
+
+
 def test_a_cancelled_run_stays_cancelled(cluster: SlurmCluster, job: Prepare) -> None:
     run = job(1000)
     number, _ = submit(run)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +58,8 @@ def test_progress_is_the_newest_checkpoint_in_the_folder_or_as_the_run_noted_it(
     ],
 )
 def test_what_follows_the_end_of_an_attempt(idle: int, gain: int, status: int, lost: bool, action: str) -> None:
-    state = {"job": "7", "attempt": 3, "idle": idle, "began": 16}
-    assert chain.end(state, 16 + gain, status, lost).action == action
+    state = {"jobs": {"7": {"attempt": 3, "idle": idle, "began": 16}}}
+    assert chain.end(state, "7", 16 + gain, status, lost).action == action
 
 
 @given(st.lists(st.tuples(st.sampled_from([0, 0, 0, 8]), st.sampled_from(["stop", "lost", "killed"])), max_size=30))
@@ -74,28 +75,73 @@ def test_there_are_never_more_than_two_attempts_without_progress(attempts: list[
         idle = 0 if gain else idle + 1
         if how == "killed":  # the batch script was gone: nobody says `end`
             continue
-        decision = chain.end(state, position, chain.STOPPED if how == "stop" else 1, how == "lost")
+        decision = chain.end(state, "7", position, chain.STOPPED if how == "stop" else 1, how == "lost")
         assert (decision.action == "stop") == (idle == chain.LIMIT)
         if decision.action == "stop":
             break
 
 
 def test_a_new_submission_of_a_stopped_chain_starts_again() -> None:
-    state: dict[str, Any] = {"job": "7", "attempt": 2, "idle": 2, "began": None}
+    state: dict[str, Any] = {"jobs": {"7": {"attempt": 2, "idle": 2, "began": None}}}
     assert chain.begin(state, "7", 0).action == "stop"
     assert chain.begin(state, "8", 0).action == "start"
+
+
+def test_two_jobs_of_a_run_count_each_for_itself_and_end_each_for_itself() -> None:
+    state: dict[str, Any] = {}
+    assert chain.begin(state, "7", 0).action == "start"
+    assert chain.begin(state, "8", 0).action == "start"
+    assert chain.end(state, "8", 0, 2, False).action == "failed"
+    assert chain.end(state, "7", 0, chain.STOPPED, False).action == "requeue"
+    assert chain.begin(state, "8", 0).action == "start"
+    assert chain.begin(state, "7", 0) == chain.Decision("start", "attempt 2")
+    assert chain.end(state, "7", 0, chain.STOPPED, False).action == "stop"
+
+
+def test_a_job_whose_state_was_deleted_while_it_ran_goes_on_and_comes_to_an_end() -> None:
+    state: dict[str, Any] = {}
+    assert chain.end(state, "7", 8, chain.STOPPED, False).action == "requeue"
+    assert chain.begin(state, "7", 8).action == "start"
+    assert chain.end(state, "7", 8, chain.STOPPED, False).action == "stop"
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
+    """`scontrol("RUNNING")`: the state of every job; returns the file of what was asked."""
+    asked = tmp_path / "asked"
+
+    def answers(state: str) -> Path:
+        stub = tmp_path / "scontrol"
+        stub.write_text(f"#!/bin/bash\necho $* >> {asked}; echo JobId=7 JobState={state} Reason=None\n")
+        stub.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+        return asked
+
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("slurm", "code"), [("RUNNING", 1), ("SUSPENDED", 1), ("PENDING", 0), ("FAILED", 0), ("COMPLETING", 0)]
+)
+def test_a_second_job_does_not_start_and_changes_nothing_while_the_first_trains(
+    tmp_path: Path, scontrol: Callable[[str], Path], capsys: pytest.CaptureFixture[str], slurm: str, code: int
+) -> None:
+    asked = scontrol(slurm)
+    assert chain.main(["begin", "--run", str(tmp_path), "--job", "7"]) == 0
+    before = (tmp_path / chain.FILE).read_text()
+    assert chain.main(["begin", "--run", str(tmp_path), "--job", "8"]) == code
+    assert asked.read_text() == "-o show job 7\n"
+    assert (f"not started: job 7 trains {tmp_path} " in capsys.readouterr().err) == bool(code)
+    assert ((tmp_path / chain.FILE).read_text() == before) == bool(code)
 
 
 @pytest.mark.parametrize(
     ("slurm", "requeued", "code"), [("RUNNING", True, 0), ("COMPLETING", False, 85), ("CANCELLED", False, 85)]
 )
 def test_only_a_running_job_is_requeued(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slurm: str, requeued: bool, code: int
+    tmp_path: Path, scontrol: Callable[[str], Path], slurm: str, requeued: bool, code: int
 ) -> None:
-    asked = tmp_path / "asked"
-    (tmp_path / "scontrol").write_text(f"#!/bin/bash\necho $* >> {asked}; echo JobId=7 JobState={slurm} Reason=None\n")
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    asked = scontrol(slurm)
     here = ["--run", str(tmp_path), "--job", "7"]
     assert chain.main(["begin", *here]) == 0
     (tmp_path / "checkpoints" / "samples-000000000016").mkdir(parents=True)
@@ -108,7 +154,9 @@ def test_only_a_running_job_is_requeued(
     assert lines[2:] == ([] if requeued else [f"not requeued here: Slurm has ended the job itself ({slurm})"])
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"history": 3}', '{"history": [], "job": "7"}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"history": 3}', '{"history": [], "jobs": {"7": {}}}', '{"history": [], "jobs": []}']
+)
 def test_a_damaged_state_ends_the_chain_with_a_message(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
