@@ -1,13 +1,14 @@
-"""What follows when a job ends: done, again, or never again. Called by the batch script; standard library only.
+"""What follows when a job ends: done, again, or never again. Called by the batch script.
 
-    python -m launch.chain begin --run RUN --job ID                      # exit code 1: do not start
-    python -m launch.chain end   --run RUN --job ID --status N [--lost]  # exit code of the job
+    python3 -I chain.py begin --run RUN --job ID                      # exit code 1: do not start
+    python3 -I chain.py end   --run RUN --job ID --status N [--lost]  # exit code of the job
+
+Outside a container this runs with the Python of the host: standard library only, and nothing that Python 3.6 does not
+know, which is why annotations stand in quotes.
 
 Progress is the newest committed checkpoint. An attempt that a dead node or Slurm itself ends never says `end`, and
 Slurm requeues such a job without asking, so attempts are counted when they begin: no loop is endless.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -46,7 +47,7 @@ def newest(run: Path) -> int:
     return max((int(text) for text in (*noted, *found) if text.isdecimal()), default=0)
 
 
-def begin(state: dict[str, Any], job: str, position: int) -> Decision:
+def begin(state: "dict[str, Any]", job: str, position: int) -> Decision:
     """Count an attempt, and the one before when it never came to its end; changes `state`."""
     mine = _own(state, job)
     if mine["began"] is not None:
@@ -58,7 +59,7 @@ def begin(state: dict[str, Any], job: str, position: int) -> Decision:
     return Decision("start", f"attempt {mine['attempt']}")
 
 
-def end(state: dict[str, Any], job: str, position: int, status: int, lost: bool) -> Decision:
+def end(state: "dict[str, Any]", job: str, position: int, status: int, lost: bool) -> Decision:
     """What follows an attempt that ended with this exit status; `lost`: a node did not answer. Changes `state`."""
     mine = _own(state, job)
     _close(mine, position)
@@ -72,19 +73,19 @@ def end(state: dict[str, Any], job: str, position: int, status: int, lost: bool)
     return Decision("requeue", why)
 
 
-def _own(state: dict[str, Any], job: str) -> dict[str, Any]:
+def _own(state: "dict[str, Any]", job: str) -> "dict[str, Any]":
     """The counters of a job. One that somebody submitted again has its own: that is a decision, not a loop."""
     own: dict[str, Any] = state.setdefault("jobs", {}).setdefault(job, {"attempt": 0, "idle": 0, "began": None})
     return own
 
 
-def _close(mine: dict[str, Any], position: int) -> None:
+def _close(mine: "dict[str, Any]", position: int) -> None:
     """An attempt whose beginning is not known, since somebody deleted the state meanwhile, counts as idle."""
     mine["idle"] = 0 if mine["began"] is not None and position > mine["began"] else mine["idle"] + 1
     mine["began"] = None
 
 
-def rival(state: dict[str, Any], job: str) -> str:
+def rival(state: "dict[str, Any]", job: str) -> str:
     """Another job that trains this run now; empty without one.
 
     The dependency of the job script holds a second job back, but whoever sends it can take that away.
@@ -93,7 +94,7 @@ def rival(state: dict[str, Any], job: str) -> str:
     return next((other for other in begun if job_state(other) in ("RUNNING", "SUSPENDED")), "")
 
 
-def read(run: Path) -> dict[str, Any]:
+def read(run: Path) -> "dict[str, Any]":
     """The state of the chain of a run. Raises ValueError when the file is not one."""
     try:
         text = (run / FILE).read_text(encoding="utf-8")
@@ -107,7 +108,7 @@ def read(run: Path) -> dict[str, Any]:
     return state
 
 
-def write(run: Path, state: dict[str, Any], job: str, line: str) -> None:
+def write(run: Path, state: "dict[str, Any]", job: str, line: str) -> None:
     """Save the state with one more line of its history: whole, or not at all."""
     print(f"chain: {line}", flush=True)
     now = time.strftime("%Y-%m-%d %H:%M:%S%z")
@@ -122,8 +123,7 @@ def write(run: Path, state: dict[str, Any], job: str, line: str) -> None:
 
 def job_state(job: str) -> str:
     """What Slurm says of a job, e.g. RUNNING; empty when it does not answer."""
-    asked = subprocess.run(["scontrol", "-o", "show", "job", job], capture_output=True, text=True, check=False)
-    return asked.stdout.partition(" JobState=")[2].partition(" ")[0]
+    return _scontrol("-o", "show", "job", job).stdout.partition(" JobState=")[2].partition(" ")[0]
 
 
 def requeue(job: str) -> str:
@@ -135,11 +135,18 @@ def requeue(job: str) -> str:
     state = job_state(job)
     if state != "RUNNING":
         return f"Slurm has ended the job itself ({state or 'unknown'})"
-    asked = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
+    asked = _scontrol("requeue", job)
     return asked.stderr.strip() if asked.returncode else ""
 
 
-def main(arguments: list[str] | None = None) -> int:
+def _scontrol(*words: str) -> "subprocess.CompletedProcess[str]":
+    """In ASCII: a job may name a path in any encoding, and Python 3.6 prints nothing else without a locale."""
+    pipe = subprocess.PIPE  # capture_output is of Python 3.7
+    command = ["scontrol", *words]
+    return subprocess.run(command, stdout=pipe, stderr=pipe, encoding="ascii", errors="backslashreplace", check=False)
+
+
+def main(arguments: "list[str] | None" = None) -> int:
     """Exit code of `begin` (0: start) or of the job."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("when", choices=["begin", "end"])

@@ -78,7 +78,8 @@ class Cluster(Section):
     )
     python: Line | None = Field(default=None, description="interpreter on the nodes; null: the one that submits")
     host_python: Line | None = Field(
-        default=None, description="interpreter outside the container, standard library only; null: python"
+        default=None,
+        description="interpreter outside the container: Python 3.6 or later, without packages; null: python",
     )
     container: tuple[Line, ...] = Field(
         default=(), description="words before every command of a node, e.g. [apptainer, run, --nv, image.sif]"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -246,6 +247,44 @@ def test_the_script_tells_the_chain_how_the_step_ended(
     assert done.returncode == status
     here = ["--run", str(run.run), "--job", "7"]
     assert [call[2:] for call in calls(told)] == [["begin", *here], ["end", *here, *ended]]
+
+
+def python_of_the_host(minor: int) -> str:
+    """A Python 3.MINOR; without one the test is skipped."""
+    pyenv = sorted(Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python3"))
+    for path in (shutil.which(f"python3.{minor}"), *pyenv):
+        asks = f"import sys; sys.exit(sys.version_info[:2] != (3, {minor}))"
+        if path and not subprocess.run([path, "-c", asks], capture_output=True, check=False).returncode:
+            return str(path)
+    pytest.skip(f"no Python 3.{minor} here")
+
+
+@pytest.mark.parametrize("minor", range(6, 14))
+def test_any_python_of_the_host_asks_the_frozen_chain_whatever_surrounds_it(
+    job: Callable[..., Submission], tmp_path: Path, stub: Stub, minor: int
+) -> None:
+    here = "*'show job 7') printf 'JobId=7 JobState=RUNNING Comment=\\xfc' ;; 'requeue 7') ;; *) exit 1"
+    asked = stub("scontrol", SCONTROL.replace("*) exit 1", here))
+    stub("sleep", "")
+    stub("srun", 'touch "$FOUNDATION_STOPPED"')
+    edited, module = tmp_path / "edited" / "launch", tmp_path / "module" / "json.py"
+    for file in (edited / "__init__.py", edited / "chain.py", module):  # a checkout, and a package of another Python
+        file.parent.mkdir(exist_ok=True, parents=True)
+        file.write_text("raise SystemExit('not the frozen code')")
+    run = job(f"nodes: 2\nhost_python: {python_of_the_host(minor)}", "name=ü")
+    freeze.freeze((folder := run.next_folder()) / "code")
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]"}
+    environ = {**os.environ, **slurm, "LC_ALL": "C", "PYTHONPATH": str(module.parent)}
+    done = subprocess.run(
+        ["bash"], input=render(run, folder).encode(), cwd=edited.parent, env=environ, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    told = json.loads((run.run / "chain.json").read_text())["history"]
+    assert [line.partition(": ")[2] for line in told] == [
+        "start at 0 samples: attempt 1",
+        "requeue at 0 samples: stopped on request",
+    ]
+    assert calls(asked)[-1] == ["requeue", "7"]
 
 
 @pytest.mark.parametrize(
