@@ -1,7 +1,8 @@
-"""A real MLflow server in a process group of its own."""
+"""A real MLflow server in a process group of its own, and what it has of a run."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -10,8 +11,29 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 LONG = 600.0  # seconds after which something is stuck
+Points = dict[str, list[tuple[int, int, float]]]
+
+
+def recorded(run: Path) -> Points:
+    """name → (position, milliseconds, value) of every number in metrics.jsonl."""
+    found: Points = {}
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        at = row.pop("position"), round(row.pop("time") * 1000)
+        for name, value in row.items():
+            found.setdefault(name, []).append((*at, value))
+    return found
+
+
+def stored(client: Any, run_id: str) -> Points:
+    """The same of everything the server has."""
+    names = client.get_run(run_id).data.metrics
+    return {
+        name: sorted((p.step, p.timestamp, p.value) for p in client.get_metric_history(run_id, name)) for name in names
+    }
 
 
 class Server:
