@@ -6,21 +6,27 @@ import errno
 import fcntl
 import os
 import socket
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from foundation.errors import LaunchError, StorageError
 
 NAME = ".lock"
+WAIT = 300.0  # seconds; a server that never answers keeps `foundation track` for 85
+_MOMENT, _POLL = 0.5, 0.1  # seconds until an owner has surely written who it is; between two looks
+_SENDER = "foundation track, "
 _held: set[int] = set()
 
 
 @contextmanager
-def owned(folder: Path) -> Iterator[None]:
+def owned(folder: Path, *, sender: bool = False) -> Iterator[None]:
     """Hold the folder. Raises LaunchError, which names the owner, when another process does.
 
-    A file system without locks is accepted: it only loses this protection.
+    A `sender` to MLflow waits for nobody, and others wait for it, WAIT seconds at most: a job that was queued for days
+    does not fail for a line in cron. A file system without locks is accepted: it only loses this protection.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -32,28 +38,43 @@ def owned(folder: Path) -> Iterator[None]:
         ) from error
     _held.add(descriptor)
     try:
-        _lock(descriptor, folder)
+        _lock(descriptor, folder, sender)
         yield
     finally:
         _held.discard(descriptor)
         os.close(descriptor)  # and with it the lock
 
 
-def _lock(descriptor: int, folder: Path) -> None:
+def _lock(descriptor: int, folder: Path, sender: bool) -> None:
+    began, told = time.monotonic(), False
+    while not _taken(descriptor):
+        owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "an unknown process"
+        sends = owner.startswith(_SENDER)
+        if sender or time.monotonic() - began >= (WAIT if sends else _MOMENT):
+            what = "this run is being sent to MLflow by" if sends else "another run writes to this folder:"
+            do = "wait for it, or stop it" if sends else "wait for it, stop it, or choose another `name`"
+            raise LaunchError(f"{what} {owner}", where=str(folder), do=do)
+        if sends and not told:
+            told = True
+            text = f"{folder} is being sent to MLflow by {owner}: the training waits, {WAIT:.0f} s at most"
+            print(text, file=sys.stderr, flush=True)
+        time.sleep(_POLL)
+    os.ftruncate(descriptor, 0)
+    name = f"process {os.getpid()} on {socket.gethostname()}\n"
+    os.pwrite(descriptor, f"{_SENDER if sender else ''}{name}".encode(), 0)
+    with suppress(OSError):
+        os.fsync(descriptor)  # other nodes read it
+
+
+def _taken(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "an unknown process"
-        raise LaunchError(
-            f"another run writes to this folder: {owner}",
-            where=str(folder),
-            do="wait for it, stop it, or choose another `name`",
-        ) from None
+        return False
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return True
 
 
 def _let_go() -> None:
