@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import queue
+import re
 import threading
 import time
 from collections import deque
@@ -21,6 +22,12 @@ from shards.redaction import redact
 RETRY_SECONDS = 30.0
 CLOSE_SECONDS = 60.0
 _BATCH = 1000  # the most metrics that MLflow takes in one request
+# HTTP statuses that will be the same the next time, and what helps. All others, and none, are an outage.
+_REFUSALS = {
+    400: "",
+    404: "",
+    413: "; raise the limit of the proxy (nginx: client_max_body_size); files go again by: foundation track {run}",
+}
 
 Job = Callable[[Any, str], object]
 """What is done with the client and the id of the run."""
@@ -38,8 +45,8 @@ class MlflowSink:
     ) -> None:
         """`connect` gives the client and the id of the run; `record` is the file to follow, None for jobs alone."""
         self._connect, self._standing, self._record, self._note = connect, standing, record, note
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._jobs: deque[Job] = deque()
+        self._queue: queue.SimpleQueue[tuple[str, Job] | None] = queue.SimpleQueue()
+        self._jobs: deque[tuple[str, Job]] = deque()
         self._client: Any = None
         self._run_id = ""
         self._ended = False
@@ -48,6 +55,8 @@ class MlflowSink:
         self._failed_at: float | None = None
         self.failure = ""
         """Why the last attempt failed; empty when nothing is left to be sent."""
+        self.refused: list[str] = []
+        """What the store will never take, and what helps: a line for each."""
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -84,18 +93,18 @@ class MlflowSink:
 
     def more(self) -> None:
         """The file that is followed has grown."""
-        self._queue.put(_nothing)
+        self._queue.put(_GROWN)
 
-    def job(self, job: Job) -> None:
-        """Queue something to be done with the run, after what was queued before."""
-        self._queue.put(job)
+    def job(self, job: Job, what: str = "one entry") -> None:
+        """Queue something to be done with the run, after what was queued before; `what` names it if it is refused."""
+        self._queue.put((what, job))
 
     def artifact(self, path: Path, folder: str = "") -> None:
         """Queue a file for the run's artifacts; it must stay where it is until `close`."""
-        self._queue.put(lambda client, run_id: client.log_artifact(run_id, str(path), folder or None))
+        self.job(lambda client, run_id: client.log_artifact(run_id, str(path), folder or None), path.name)
 
     def close(self, status: str | None, seconds: float | None = None, ended: int | None = None) -> bool:
-        """Send what is left and set the status if one is given; True when the store has everything.
+        """Send what is left and set the status if one is given; True when the store has all that it takes.
 
         One last attempt is made, for which a training waits CLOSE_SECONDS and others, with None, as long as it takes.
         `ended` is when the run did, milliseconds since 1970; None: now.
@@ -117,7 +126,7 @@ class MlflowSink:
             except queue.Empty:
                 items = []
             self._ended = None in items
-            self._jobs += [item for item in items if item is not None and item is not _nothing]
+            self._jobs += [item for item in items if item is not None and item is not _GROWN]
             if self._ended or self._failed_at is None or time.monotonic() - self._failed_at >= RETRY_SECONDS:
                 self._send()
 
@@ -129,9 +138,10 @@ class MlflowSink:
             while self._record and not self._follow(self._record):
                 pass
             if self._ended and (status := self._status):  # before files, for which the store may have no room
-                self._attempt(lambda client, run_id: client.set_terminated(run_id, status, self._ended_at))
+                ended_at = self._ended_at
+                self._attempt(f"the status {status}", lambda c, run_id: c.set_terminated(run_id, status, ended_at))
             while self._jobs:
-                self._attempt(self._jobs[0])
+                self._attempt(*self._jobs[0])
                 self._jobs.popleft()
             self._failed_at, self.failure = None, ""
         except Exception as error:
@@ -144,20 +154,34 @@ class MlflowSink:
         """Send the lines that the store lacks; False if the run was rewound meanwhile: then they are others."""
         sent, rewound = self._standing.mark()
         for points, end in pending(record, sent):
-            self._attempt(partial(_log, points))
+            self._attempt(f"lines of {METRICS}", partial(_log, points))
             if not self._standing.advance(end, rewound):
                 return False
         return True
 
-    def _attempt(self, job: Job) -> None:
-        """Do it; what the store will never take is dropped with a line."""
+    def _attempt(self, what: str, job: Job) -> None:
+        """Do it; what a store that has the run will never take is dropped with a line: the next may be taken."""
         try:
             job(self._client, self._run_id)
         except Exception as error:
-            refused = isinstance(error, FileNotFoundError) or code(error) == "INVALID_PARAMETER_VALUE"
-            if not refused or not active(self._client, self._run_id):
+            found = 404 if isinstance(error, FileNotFoundError) else answer(error)
+            if found not in _REFUSALS or not active(self._client, self._run_id):
                 raise
-            self._note(f"MLflow did not take one entry: {short(error)}")
+            do = _REFUSALS[found].format(run=self._standing.folder)
+            line = f"MLflow did not take {what} ({short(error)}), left out{do}"
+            if line not in self.refused:
+                self.refused.append(line)
+                self._note(line)
+
+
+def answer(error: Exception) -> int:
+    """The HTTP status of an error, or the one that MLflow's code stands for; 0 where nobody answered."""
+    status = getattr(getattr(error, "response", None), "status_code", 0)  # of artifacts
+    if not status and (told := re.search(r"failed with error code (\d{3}) != ", str(error))):  # no JSON: of a proxy
+        status = int(told[1])
+    if not status and code(error):
+        status = importlib.import_module("mlflow.exceptions").ERROR_CODE_TO_HTTP_STATUS.get(code(error), 0)
+    return int(status)
 
 
 def pending(record: Path, sent: int) -> Iterator[tuple[list[Any], int]]:
@@ -200,4 +224,7 @@ def _log(points: list[Any], client: Any, run_id: str) -> None:
 
 
 def _nothing(client: Any, run_id: str) -> None:
-    """Stands in the queue for lines that are in the file."""
+    """Of lines that are in the file."""
+
+
+_GROWN = (METRICS, _nothing)  # stands in the queue for them

@@ -97,7 +97,8 @@ class RunTracker(Tracker):
             self._mlflow = MlflowSink.open(config, self._standing, self.note, follow=True, running=True)
         if self._mlflow:
             if left:
-                self._mlflow.job(lambda client, _: client.set_terminated(left, "FAILED"))
+                before = f"the end of the run before this one, {left}"  # which another store may have
+                self._mlflow.job(lambda client, _: client.set_terminated(left, "FAILED"), before)
             self._mlflow.more()
 
     @property
