@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,19 +62,23 @@ def catch_up(run: Path, uri: str | None = None) -> str:
     without MLflow or run; StorageError for a store that does not answer.
     """
     config = load(run / "config.yaml", [f"tracking.uri={uri}"] if uri else [])
-    with owned(run):
+    with owned(run, sender=True):
         standing = Standing(run, None if read(run) else _saved(run))
-        notes: list[str] = []
+        files = [file for file in (*(run / name for name in PAGES), *figures(run)) if file.is_file()]
+        scores = from_rows(read_json(run / "scores.json")) if (run / "scores.json").exists() else []
+        status = _status(run, config, standing.facts.status)
+        *_, ended = (None, *times(run / METRICS))
+        notes: list[str] = []  # nothing that may fail comes behind this: a sink must not outlive the lock
         sink = MlflowSink.open(config, standing, notes.append, follow=True)
         if sink is None:
             raise ConfigError(notes[0], where="track", do="pip install 'sar-foundation[mlflow]'")
         sink.more()
-        send(sink, [file for file in (*(run / name for name in PAGES), *figures(run)) if file.is_file()])
-        scores = run / "scores.json"
-        send_evaluations(sink, run, from_rows(read_json(scores)) if scores.exists() else [])
-        status = _status(run, config, standing.facts.status)
-        *_, ended = (None, *times(run / METRICS))
-        if not sink.close(status, ended=ended):
+        send(sink, files)
+        send_evaluations(sink, run, scores)
+        sent = sink.close(status, ended=ended)
+        for line in sink.refused:
+            print(redact(line), file=sys.stderr)
+        if not sent:
             what = f"the MLflow store does not answer: {sink.failure}"
             raise StorageError(what, where=str(run), do="start it, or name another with --uri; then run this again")
         standing.update(status=status)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,8 @@ from foundation.interchange.registration import check, register
 from foundation.interchange.source import pooled
 from foundation.training import checkpoint, mlflow_sink
 from foundation.training.mlflow_store import mlflow_client
-from foundation.training.standing import Standing, read
+from foundation.training.run import train
+from foundation.training.standing import FILE, Standing, read
 from foundation.training.tracking import open_tracker
 
 Make = Callable[..., Config]
@@ -112,9 +117,10 @@ def test_one_run_goes_on_without_its_server_through_a_stop_and_a_kill(
 
     process = start("train", tracked)
     wait(process, lambda: runs(client)[0].info.status == "RUNNING", LONG)
-    code, _, err = command("track", run)
-    assert code == 2
-    assert f"another run writes to this folder: process {process.pid} on " in err, "it sends by itself"
+    code, out, err = command("track", run)
+    assert (code, err) == (0, "")
+    told = f"passed over   {run}: another run writes to this folder: process {process.pid} on "
+    assert out.startswith(told), "it sends by itself"
     process.send_signal(signal.SIGKILL)
     process.wait()
     (killed,) = runs(client)
@@ -220,6 +226,88 @@ def test_a_run_of_a_node_without_network_is_sent_later_and_its_evaluations_are_r
     assert stored(client, child.info.run_id) == {n: [p] for n, (p,) in stored(client, child.info.run_id).items()}
     assert stored(client, parent.info.run_id) == recorded(judged)
     assert [h.name for h in from_mlflow(server.uri, "foundation") if "knn" in h.name] == [], "curves are of trainings"
+
+
+class Proxy(BaseHTTPRequestHandler):
+    """Hands requests on to a server, but for those that are too long, as nginx does."""
+
+    server: Limited
+
+    def _answer(self) -> None:
+        length = int(self.headers.get("Content-Length", 0))
+        body = self.rfile.read(length)
+        if length > self.server.limit:
+            self._reply(413, "text/html", b"<html>")
+            return
+        behind = HTTPConnection("127.0.0.1", self.server.behind)
+        behind.request(self.command, self.path, body, dict(self.headers))
+        response = behind.getresponse()
+        self._reply(response.status, response.headers["Content-Type"], response.read())
+        behind.close()
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _answer
+
+    def _reply(self, status: int, kind: str, body: bytes) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        """Nothing is printed."""
+
+
+class Limited(ThreadingHTTPServer):
+    """Such a proxy on a free port of loopback."""
+
+    def __init__(self, behind: int, limit: int) -> None:
+        super().__init__(("127.0.0.1", 0), Proxy)
+        self.behind, self.limit = behind, limit
+
+
+def test_a_file_that_a_proxy_refuses_is_named_and_all_behind_it_arrives(
+    judged: Path, server: Server, client: Any, command: Command
+) -> None:
+    server.start()
+    (judged / FILE).unlink()  # another run than that of other tests
+    proxy = Limited(server.port, (judged / "report.html").stat().st_size - 1)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    track = "track", judged, "--uri", f"http://127.0.0.1:{proxy.server_port}"
+    code, out, err = command(*track)
+    assert code == 0, err
+    (line,) = err.splitlines()
+    assert line.startswith("MLflow did not take report.html (413 Client Error")
+    assert line.endswith(f"(nginx: client_max_body_size); files go again by: foundation track {judged}")
+    (parent,) = [run for run in runs(client) if run.info.run_id in out]
+    assert parent.info.status == "FINISHED"
+    assert stored(client, parent.info.run_id) == recorded(judged)
+    files = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert files >= {"config.yaml", "environment.json", "figures", "scores.json"}
+    assert "report.html" not in files
+    (child,) = [run for run in runs(client) if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert child.info.status == "FINISHED"
+
+    proxy.limit *= 2
+    assert command(*track) == (0, out, "")
+    proxy.shutdown()
+    assert "report.html" in {file.path for file in client.list_artifacts(parent.info.run_id)}, "sent again"
+
+
+def test_a_training_that_starts_while_its_run_is_being_sent_waits_and_goes_on(
+    tiny_yaml: Path, tiny_config: Make, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(tiny_config())
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        sending = start("track", run, "--uri", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        until(lambda: (run / ".lock").read_text().startswith("foundation track, "))
+        code, _, err = command("train", tiny_yaml)
+    assert code == 0, err
+    assert f"{run} is being sent to MLflow by foundation track, process {sending.pid} on " in err
+    assert finish(sending, LONG)[0] == 2, "nobody answered"
+    assert (facts := read(run)) is not None
+    assert (facts.run_id, facts.status) == (None, "FINISHED")
 
 
 def test_an_export_is_registered_with_signature_and_card_and_gives_the_same_features(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from foundation.config import from_dict, to_dict
-from foundation.errors import ConfigError
+from foundation.errors import ConfigError, ExplainedError
 from foundation.evaluation import artifacts
 from foundation.evaluation.child_runs import metrics, parameters
 from foundation.evaluation.figures import canvas, save
 from foundation.evaluation.scores import Score
-from foundation.training.standing import Standing
+from foundation.training.lock import owned
+from foundation.training.standing import Standing, read
 
 
 class Sink:
@@ -88,3 +91,49 @@ def test_what_is_no_run_cannot_be_sent(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml: cannot be read \(No such file or directory\)"):
         artifacts.catch_up(tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+def folder(root: Path, name: str, text: str) -> Path:
+    """A run folder that holds a configuration, and nothing else."""
+    (root / name).mkdir(parents=True)
+    (root / name / "config.yaml").write_text(text)
+    return root / name
+
+
+def test_all_that_a_glob_names_is_sent_whatever_lies_among_it(tmp_path: Path, command: Callable[..., Any]) -> None:
+    root = tmp_path / "runs"
+    broken = folder(root, "a-broken", "nonsense: 1\n")
+    live, killed = folder(root, "b-live", "name: b\n"), folder(root, "c-killed", "name: c\n")
+    (root / "mlartifacts").mkdir()
+    (root / "mlflow.log").touch()
+    with owned(live):
+        code, out, err = command("track", *sorted(root.glob("*")))
+    assert code == 2, "one could not be sent"
+    assert err.startswith(f"ConfigError: Found 1 error in {broken / 'config.yaml'}")
+    assert err.count("ConfigError") == 1
+    facts = read(killed)
+    assert facts is not None
+    assert facts.status == "FAILED"
+    passed, sent, *others = out.splitlines()
+    assert passed.startswith(f"passed over   {live}: another run writes to this folder: process ")
+    assert sent == f"MLflow run    {facts.run_id}  {killed}"
+    assert others == [f"no run        {root / 'mlartifacts'}", f"no run        {root / 'mlflow.log'}"]
+    assert read(live) is None
+
+    with owned(live):
+        again = command("track", live, killed, root / "mlartifacts")
+    assert (again.code, again.err) == (0, ""), "a run that sends by itself is no failure"
+    for asked in ([root / "mlartifacts"], [killed, root / "mistyped"]):
+        code, _, err = command("track", *asked)
+        assert code == 2
+        assert f"  {asked[-1] / 'config.yaml'}: cannot be read (" in err
+
+
+def test_a_run_that_cannot_be_sent_leaves_nothing_behind_that_still_sends(tmp_path: Path) -> None:
+    run = folder(tmp_path, "run", "name: run\n")
+    (run / "scores.json").write_text("{")
+    with pytest.raises(ExplainedError):
+        artifacts.catch_up(run)
+    assert "mlflow" not in {thread.name for thread in threading.enumerate()}
+    with owned(run, sender=True):
+        pass
