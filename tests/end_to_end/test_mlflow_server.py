@@ -19,7 +19,7 @@ import pytest
 import torch
 from mlflow import pyfunc
 from mlflow.artifacts import download_artifacts
-from mlflow_server import Server
+from mlflow_server import Server, recorded, stored
 from processes import finish, position, start, wait
 
 from foundation.config import Config, from_dict, load
@@ -39,7 +39,6 @@ from foundation.training.tracking import open_tracker
 Make = Callable[..., Config]
 Command = Callable[..., Any]
 LONG = 600.0  # seconds after which something is stuck
-Points = dict[str, list[tuple[int, int, float]]]
 
 
 @pytest.fixture(scope="module")
@@ -64,25 +63,6 @@ def tracked(tiny_yaml: Path, server: Server) -> Path:
     text = text.replace("samples: 96", "samples: 10000000").replace("log_every: 8", "log_every: 400")
     tiny_yaml.write_text(text.replace("checkpoint_every: 16, keep: 100", "checkpoint_every: 4000, keep: 1"))
     return tiny_yaml
-
-
-def recorded(run: Path) -> Points:
-    """name → (position, milliseconds, value) of every number in metrics.jsonl."""
-    found: Points = {}
-    for line in (run / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        at = row.pop("position"), round(row.pop("time") * 1000)
-        for name, value in row.items():
-            found.setdefault(name, []).append((*at, value))
-    return found
-
-
-def stored(client: Any, run_id: str) -> Points:
-    """The same of everything the server has."""
-    names = client.get_run(run_id).data.metrics
-    return {
-        name: sorted((p.step, p.timestamp, p.value) for p in client.get_metric_history(run_id, name)) for name in names
-    }
 
 
 def until(condition: Callable[[], bool]) -> None:
