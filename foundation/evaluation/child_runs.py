@@ -22,7 +22,7 @@ def send_evaluations(sink: MlflowSink, run: Path, scores: Sequence[Score]) -> No
         text = facts.get("measurement") or f"{facts.get('weights')}, {facts.get('data')}"
         groups.setdefault((score.protocol, text), []).append(score)
     for (protocol, text), group in groups.items():
-        sink.job(partial(_send, run, protocol, text, group))
+        sink.job(partial(_send, run, protocol, text, group), f"all of the evaluation {protocol}: {text}")
 
 
 def _send(run: Path, protocol: str, text: str, scores: Sequence[Score], client: Any, parent: str) -> None:
@@ -35,6 +35,7 @@ def _send(run: Path, protocol: str, text: str, scores: Sequence[Score], client: 
             client.log_metric(run_id, name, value)
     wanted = parameters(scores[0])
     set_parameters(client, run_id, {name: wanted[name] for name in wanted.keys() - found.data.params.keys()})
+    client.set_terminated(run_id, "FINISHED")  # before files, for which the store may have no room
     client.log_text(run_id, to_json(scores), "scores.json")
     files: dict[Path, str | None] = {
         run / score.settings["split_file"]: None for score in scores if "split_file" in score.settings
@@ -43,7 +44,6 @@ def _send(run: Path, protocol: str, text: str, scores: Sequence[Score], client: 
     for file, folder in files.items():
         if file.is_file():
             client.log_artifact(run_id, str(file), folder)
-    client.set_terminated(run_id, "FINISHED")
 
 
 def metrics(scores: Sequence[Score]) -> dict[str, float]:

@@ -216,7 +216,7 @@ class Proxy(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
         body = self.rfile.read(length)
-        if length > self.server.limit:
+        if length > self.server.limit or (self.command == "PUT" and self.server.refused in self.path):
             self._reply(413, "text/html", b"<html>")
             return
         behind = HTTPConnection("127.0.0.1", self.server.behind)
@@ -243,7 +243,7 @@ class Limited(ThreadingHTTPServer):
 
     def __init__(self, behind: int, limit: int) -> None:
         super().__init__(("127.0.0.1", 0), Proxy)
-        self.behind, self.limit = behind, limit
+        self.behind, self.limit, self.refused = behind, limit, "/predictions/"
 
 
 def test_a_file_that_a_proxy_refuses_is_named_and_all_behind_it_arrives(
@@ -256,9 +256,10 @@ def test_a_file_that_a_proxy_refuses_is_named_and_all_behind_it_arrives(
     track = "track", judged, "--uri", f"http://127.0.0.1:{proxy.server_port}"
     code, out, err = command(*track)
     assert code == 0, err
-    (line,) = err.splitlines()
+    line, below = err.splitlines()
     assert line.startswith("MLflow did not take report.html (413 Client Error")
     assert line.endswith(f"(nginx: client_max_body_size); files go again by: foundation track {judged}")
+    assert below.startswith("MLflow did not take all of the evaluation knn: ")
     (parent,) = [run for run in runs(client) if run.info.run_id in out]
     assert parent.info.status == "FINISHED"
     assert stored(client, parent.info.run_id) == recorded(judged)
@@ -267,11 +268,13 @@ def test_a_file_that_a_proxy_refuses_is_named_and_all_behind_it_arrives(
     assert "report.html" not in files
     (child,) = [run for run in runs(client) if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
     assert child.info.status == "FINISHED"
+    assert "predictions" not in {file.path for file in client.list_artifacts(child.info.run_id)}
 
-    proxy.limit *= 2
+    proxy.limit, proxy.refused = 2 * proxy.limit, "?"
     assert command(*track) == (0, out, "")
     proxy.shutdown()
     assert "report.html" in {file.path for file in client.list_artifacts(parent.info.run_id)}, "sent again"
+    assert "predictions" in {file.path for file in client.list_artifacts(child.info.run_id)}
 
 
 def test_a_training_that_starts_while_its_run_is_being_sent_waits_and_goes_on(
