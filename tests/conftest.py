@@ -33,6 +33,13 @@ PUBLISH = running.publish
 running.publish = lambda *_: None  # the report takes four times as long as the runs of the tests; see `reported`
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A test that trains with other threads changes no bit of the next one."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def catalog(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Synthetic chips of 40 x 40 pixels: 40 unlabelled, 48 train and 32 test in 8 classes, about 8 to a shard."""
