@@ -68,8 +68,8 @@ class Campaign:
 
     ALL = ("ranks", "disk", "read_only", "storm", "clock", "shard", "cache", "killed", "tracking")
 
-    def __init__(self, root: Path, kills: int) -> None:
-        self.root, self.kills, self.rng, self.number = root, kills, random.Random(0), 0
+    def __init__(self, root: Path, kills: int, once: bool = False) -> None:
+        self.root, self.kills, self.once, self.rng, self.number = root, kills, once, random.Random(0), 0
         self.catalog = root / "catalog"
         kinds = (*synthetic.CLASSES, "background", "clutter")
         chips = synthetic.generate("pretrain", kinds, 16, 40, 0, labelled=False)
@@ -86,6 +86,10 @@ class Campaign:
     def goal(self) -> int:
         """Some update in the middle of a run."""
         return 8 * self.rng.randrange(1, SAMPLES // 8 - 2)
+
+    def times(self, number: int) -> range:
+        """How often a fault is tried."""
+        return range(1 if self.once else number)
 
     def trial(self, fault: Fault, *more: str, goal: int = GOAL) -> Trial:
         """A trial in which the run was struck, or the last of TRIES."""
@@ -128,7 +132,7 @@ class Campaign:
             told = sent > 2 and stop["reason"] in ("SIGTERM", "SIGUSR2")
             return f"saved once, told {sent} times" if told and saves == 1 else ""
 
-        for _ in range(5):
+        for _ in self.times(5):
             yield self.trial(Fault("SIGTERM storm", inject, 85, found), goal=self.goal())
 
     def disk(self) -> Iterator[Trial]:
@@ -150,7 +154,7 @@ class Campaign:
 
         fault = Fault("disk full", fill, 1, partial(said, os.strerror(errno.ENOSPC)), heal=heal)
         try:
-            for _ in range(3):
+            for _ in self.times(3):
                 yield self.trial(fault, f"run_root={apart}")
         finally:
             subprocess.run(["umount", "-l", str(apart)], check=False)
@@ -168,7 +172,7 @@ class Campaign:
 
         found = partial(said, os.strerror(errno.EROFS))
         more: dict[str, Any] = {"prepare": lambda: sys.addaudithook(hook), "heal": lambda: flag.unlink(missing_ok=True)}
-        for _ in range(3):
+        for _ in self.times(3):
             yield self.trial(Fault("disk read-only", lambda *_: flag.touch(), 1, found, **more))
 
     def clock(self) -> Iterator[Trial]:
@@ -183,7 +187,7 @@ class Campaign:
             steps = [round((b - a) / 86_400) for a, b in pairwise(times)]
             return f"{days} days between two lines" if days in steps else ""
 
-        for days in (-30, -1, 1, 30):
+        for days in (-30, -1, 1, 30)[: len(self.times(4))]:
             more: dict[str, Any] = {"prepare": partial(prepare, days), "heal": lambda: flag.unlink(missing_ok=True)}
             yield self.trial(Fault("clock jump", lambda *_: flag.touch(), 0, partial(found, days), **more))
 
@@ -203,7 +207,7 @@ class Campaign:
                 file.write_bytes(content)
 
         fault = Fault("corrupt shard", damage, 1, partial(said, "is not what was packed"), heal=heal)
-        for _ in range(3):
+        for _ in self.times(3):
             yield self.trial(fault, "data.corrupt=stop", goal=self.goal() // 2)
 
     def cache(self) -> Iterator[Trial]:
@@ -229,7 +233,7 @@ class Campaign:
                 server.requests.clear()
 
             fault = Fault("cache deleted", delete, 0, found, heal=heal)
-            for _ in range(3):
+            for _ in self.times(3):
                 yield self.trial(fault, f"data.catalog={server.url}/small", f"data.cache={cache}")
 
     def tracking(self) -> Iterator[Trial]:
@@ -278,7 +282,7 @@ class Campaign:
         faults = ("MLflow absent", absent, server.kill), ("MLflow killed", kill, server.start)
         try:
             for name, inject, before in faults:
-                for _ in range(2):
+                for _ in self.times(2):
                     before()
                     fault = Fault(name, inject, 0, missing, prepare, heal, caught_up)
                     yield self.trial(fault, "tracking.mlflow=true", f"tracking.uri={server.uri}")
@@ -364,6 +368,7 @@ def main() -> int:
     """Run the campaign and print or write its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--once", action="store_true", help="all but kills once, in a third of the time")
     parser.add_argument("--only", nargs="+", choices=Campaign.ALL, default=Campaign.ALL, help="kinds of faults")
     parser.add_argument("--out", type=Path, help="file to write the table to")
     options = parser.parse_args()
@@ -373,7 +378,7 @@ def main() -> int:
     trials = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        closing(Campaign(Path(folder), options.kills).all(options.only)) as made,
+        closing(Campaign(Path(folder), options.kills, options.once).all(options.only)) as made,
     ):
         for trial in made:
             trials.append(trial)
