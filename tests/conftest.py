@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from hypothesis import settings
-from processes import TINY
+from processes import ROWS, TINY
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before a kernel is imported: the tests run them on a CPU
@@ -60,6 +60,21 @@ def tiny_yaml(tmp_path: Path, catalog: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.format(root=tmp_path, catalog=catalog))
     return path
+
+
+@pytest.fixture
+def compared(tmp_path: Path, tiny_yaml: Path) -> Callable[..., Path]:
+    """`compared(rows="...", more="...")` → the file of a comparison of two tiny rows and two seeds."""
+
+    def write(rows: str = ROWS, more: str = "") -> Path:
+        path = tmp_path / "compared.yaml"
+        path.write_text(
+            f"name: pair\nconfig: {tiny_yaml.name}\nseeds: [0, 3]\nrows: {rows}\n"
+            f"evaluate: {{protocols: [knn, fewshot], shots: [2, 3], draws: 2}}\n{more}"
+        )
+        return path
+
+    return write
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ train: {{samples: 96, global_batch: 8, log_every: 8, checkpoint_every: 16, keep:
 monitor: {{images: 8}}
 tracking: {{mlflow: false}}
 """
+ROWS = "[{name: SAR-JEPA, published: 70.3}, {name: Pixels (raw), overrides: [objective.name=lomar-sar]}]"
+"""Of a comparison."""
 TAIL = 8192  # bytes, several lines of a record
 MEASURED = ("time", "images_per_s", "data_wait", "window_s", "peak_rss_gb", "peak_device_gb", "checkpoint_stall_s")
 MEASURED += ("monitor_s", "slowest_rank", "slowest_ratio", "slowest_wait")

@@ -13,20 +13,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from filelock import FileLock, Timeout
-
 from foundation import signals
 from foundation.comparing.plan import Cell, Comparison
 from foundation.config import Config, config_hash, flatten, load
-from foundation.errors import CheckpointError, ConfigError, LaunchError, StorageError
+from foundation.errors import CheckpointError, ConfigError, LaunchError
 from foundation.files import read_json, write_whole
+from foundation.training.lock import owned
 
-MARK, LOG = "judged.json", "cell.log"
+MARK, LOG, LOCK = "judged.json", "cell.log", ".cell.lock"
 LAST_LINES = 12  # of the log of a cell that failed
 BUSY = 75  # exit code, that of sysexits.h for what another time will do
 MACHINE = ("run_root", "tracking.", "train.threads", "train.patience", "data.workers", "data.cache")
@@ -81,7 +80,7 @@ def run_cell(comparison: Comparison, number: int, device: str | None = None) -> 
     """Train and judge one cell in this process; returns its run folder.
 
     Asked to stop, the training saves and raises Stopped; the evaluation, which starts anew, raises signals.Requested.
-    Raises ConfigError for a number out of range, Busy, and what training and evaluation raise.
+    Raises ConfigError for a number out of range, Busy, StorageError, and what training and evaluation raise.
     """
     if not 0 <= number < len(comparison.cells):
         what = f"there is no cell {number}: this comparison has {len(comparison.cells)}, counted from 0"
@@ -90,17 +89,12 @@ def run_cell(comparison: Comparison, number: int, device: str | None = None) -> 
     folder = cell.config.run_folder
     if finished(comparison, cell):
         return folder
-    lock = FileLock(folder / ".cell.lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        what = "another process works on this cell"
-        raise Busy(what, where=str(folder), do="wait for it; then --collect makes the table") from None
-    except OSError as error:
-        what = f"the run folder cannot be written: {error.strerror or error}"
-        raise StorageError(what, where=str(folder), do="correct the permissions, or change run_root") from error
-    with lock:
+    with ExitStack() as held:
+        try:
+            held.enter_context(owned(folder, LOCK))
+        except LaunchError as error:
+            what = "another process works on this cell"
+            raise Busy(what, where=str(folder), do="wait for it; then --collect makes the table") from error
         return folder if finished(comparison, cell) else _run(comparison, number, device)
 
 

@@ -22,15 +22,15 @@ _held: set[int] = set()
 
 
 @contextmanager
-def owned(folder: Path, *, sender: bool = False) -> Iterator[None]:
-    """Hold the folder. Raises LaunchError, which names the owner, when another process does.
+def owned(folder: Path, name: str = NAME, *, sender: bool = False) -> Iterator[None]:
+    """Hold the folder by its lock `name`. Raises LaunchError, which names the owner, when another process does.
 
     A `sender` to MLflow waits for nobody, and others wait for it, WAIT seconds at most: a job that was queued for days
     does not fail for a line in cron. A file system without locks is accepted: it only loses this protection.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         what = f"the run folder cannot be written: {error.strerror or error}"
         raise StorageError(

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from foundation.config import load
 from foundation.errors import ConfigError, LaunchError
 from launch import accelerated, cli, freeze
 from launch import submit as submission
-from launch.cluster import Cluster, load_cluster
+from launch.cluster import Cluster
 from launch.submit import Submission, prepare, render, submit
 
 CLUSTERS = ROOT / "launch" / "slurm"
@@ -79,28 +78,6 @@ def calls(file: Path) -> list[list[str]]:
 
 
 # --- the cluster file
-
-
-@pytest.mark.parametrize("path", sorted(CLUSTERS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_delivered_cluster_gives_a_script_that_bash_accepts(path: Path, tmp_path: Path) -> None:
-    run = Submission(prepare(CONFIG, CLUSTERS / "cpu.yaml", ["data.catalog=x"]).config, load_cluster(path), {})
-    for each in (run, replace(run, data="s3://x", tasks=(("a b", "knn"),))):
-        subprocess.run(["bash", "-n"], input=render(each, tmp_path), text=True, check=True)
-
-
-def test_all_mistakes_of_a_cluster_file_are_named_at_once(tmp_path: Path) -> None:
-    text = 'partiton: x\nnodes: 0\ntime: 24:00:00\nmem: lots\nenv: {A B: c}\nlauncher: mpirun\nsetup: ["a\\nb"]\n'
-    with pytest.raises(ConfigError) as caught:
-        load_cluster(cluster_file(tmp_path, text))
-    error = str(caught.value)
-    assert "Found 7 errors" in error
-    assert "partiton = 'x': no such key; did you mean partition?" in error
-    assert "nodes = 0: whole number >= 1" in error
-    assert 'HH:MM:SS in quotes, e.g. "24:00:00": without them YAML makes it a number' in error
-    assert "launcher = 'mpirun': one of torchrun, accelerate" in error
-    assert "a name of an environment variable, such as NCCL_DEBUG" in error
-    assert "setup.0 = 'a\\nb': text in one line" in error
-    assert "launch/cluster.py lists every key" in error
 
 
 @pytest.mark.parametrize(
@@ -388,21 +365,6 @@ def test_a_submission_freezes_code_and_configuration(
     code = "import foundation, shards, kernels, launch; print(foundation.__file__, launch.__file__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environ, capture_output=True, text=True)
     assert done.stdout.split() == [str(folder / "code" / name / "__init__.py") for name in ("foundation", "launch")]
-
-
-@pytest.mark.parametrize("checkout", [True, False])
-def test_the_frozen_code_is_that_of_the_packages_without_caches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkout: bool
-) -> None:
-    if not checkout:
-        monkeypatch.setattr(freeze, "_git", lambda *_: None)
-    code = freeze.freeze(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == set(freeze.PACKAGES)
-    for name in ("launch/chain.py", "launch/slurm/train.sbatch.j2", "foundation/cli.py"):
-        assert (tmp_path / name).read_bytes() == (ROOT / name).read_bytes()
-    assert list(tmp_path.rglob("__pycache__")) == []
-    if not checkout:
-        assert code == (None, False)
 
 
 @pytest.mark.parametrize(
